@@ -1,0 +1,25 @@
+"""Fused RNN, LSTM and GRU kernels for PyTorch: drop-in modules, functions, and an honest account of what ran."""
+
+from . import functional, nn
+from .convert import convert, revert
+from .engines import engine
+from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .report import explain, info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "engine",
+    "explain",
+    "functional",
+    "info",
+    "nn",
+    "revert",
+]

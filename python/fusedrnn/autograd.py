@@ -1,0 +1,123 @@
+"""How a call reaches its engine, and how autograd sees the engines that are not made of torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engines import ENGINES, Choice, choose
+from .engines.base import Call, Engine, Outputs, Saved
+
+#: While set, every call is reported to it: this is how ``explain`` listens.
+listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
+
+
+def run(call: Call) -> Outputs:
+    """Run one layer on the engine that suits it, with gradients if they are wanted."""
+    choice = choose(call)
+    listen = listener.get()
+    if listen is not None:
+        listen(call, choice)
+    engine = choice.engine
+    if engine.traceable:
+        return engine.forward(call, save=False)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors()):
+        return _Layer.apply(engine, call.without_tensors(), *call.tensors())  # type: ignore[no-any-return]
+    return _forward(engine, call, save=False)[0]
+
+
+def _forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
+    """The engine's forward in the dtype that it computes in."""
+    dtype = call.input.dtype
+    compute = engine.computes_in(dtype)
+    if compute == dtype:
+        return engine.forward(call, save)
+    outputs, saved = engine.forward(call.to(compute), save)
+    return tuple(None if t is None else t.to(dtype) for t in outputs), saved
+
+
+def _backward(
+    engine: Engine, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The engine's backward in the dtype that it computes in."""
+    dtype = call.input.dtype
+    compute = engine.computes_in(dtype)
+    if compute == dtype:
+        return tuple(engine.backward(call, saved, grads, needs))
+    converted = [None if g is None else g.to(compute) for g in grads]
+    result = engine.backward(call.to(compute), saved, converted, needs)
+    return tuple(None if g is None else g.to(dtype) for g in result)
+
+
+class _Layer(torch.autograd.Function):
+    """One layer. Its gradient is the engine's own."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, template: Call, *tensors: Tensor | None) -> Outputs:
+        outputs, saved = _forward(engine, template.with_tensors(tensors), save=True)
+        ctx.engine, ctx.template, ctx.count = engine, template, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *saved)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
+            result = _LayerBackward.apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)
+        else:
+            result = _backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
+        return None, None, *result
+
+
+class _LayerBackward(torch.autograd.Function):
+    """The gradient of one layer as a function of the outputs' gradients and the layer's tensors.
+
+    Its own gradient, and so those of any higher order, differentiates the reference engine.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, engine: Engine, template: Call, saved: Saved, needs: Sequence[bool], *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        outputs = 1 + len(template.cell.states)
+        ctx.template, ctx.needs, ctx.outputs = template, needs, outputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return _backward(engine, template.with_tensors(tensors[outputs:]), saved, tensors[:outputs], needs)
+
+    @staticmethod
+    def backward(ctx: Any, *second: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            # Views, so that derivatives are taken with respect to this function's arguments only, not to
+            # what one argument may owe another.
+            variables = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            grads, inputs = variables[: ctx.outputs], variables[ctx.outputs :]
+            outputs, _ = ENGINES["reference"].forward(ctx.template.with_tensors(inputs), save=False)
+            wanted = [(t, s) for t, s, need in zip(inputs, second, ctx.needs, strict=True) if need]
+            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
+            first = torch.autograd.grad(
+                [o for o, _ in given], [t for t, _ in wanted], [g for _, g in given], create_graph=True, allow_unused=True
+            )
+        pairs = [
+            (f, s) for f, (_, s) in zip(first, wanted, strict=True) if f is not None and s is not None and f.requires_grad
+        ]
+        asked = [k for k, need in enumerate(ctx.needs_input_grad[4:]) if need]
+        result: list[Tensor | None] = [None] * len(variables)
+        if pairs and asked:
+            values = torch.autograd.grad(
+                [f for f, _ in pairs],
+                [variables[k] for k in asked],
+                [s for _, s in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            for k, value in zip(asked, values, strict=True):
+                result[k] = value
+        return None, None, None, None, *result

@@ -1,0 +1,91 @@
+"""The engines, in order of preference, and how one is chosen for a call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from ..torch_state import why_not_plain
+from .base import Call, Engine
+from .cpu import CpuEngine
+from .numba import NumbaEngine
+from .reference import ReferenceEngine
+from .torch import TorchEngine
+
+#: Automatic choice takes the first that is available and supports the call.
+ENGINES: dict[str, Engine] = {
+    engine.name: engine for engine in (CpuEngine(), NumbaEngine(), TorchEngine(), ReferenceEngine())
+}
+AUTO = "auto"
+
+_forced: ContextVar[str] = ContextVar("fusedrnn_engine")
+
+
+def _checked(name: str, origin: str) -> str:
+    if name != AUTO and name not in ENGINES:
+        raise ValueError(f"{origin}: unknown engine {name!r}; choose one of {', '.join([AUTO, *ENGINES])}")
+    return name
+
+
+_default = _checked(os.environ.get("FUSEDRNN_ENGINE", AUTO), "FUSEDRNN_ENGINE")
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run every call inside the block on one engine; a call it does not support raises RuntimeError.
+
+    The choice belongs to the current thread or asynchronous task. A backward pass always runs on the
+    engine of its forward pass. The environment variable FUSEDRNN_ENGINE sets the default at import.
+
+    Args:
+        name: ``"cpu"``, ``"numba"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+
+    Raises:
+        ValueError: there is no engine of that name.
+    """
+    token = _forced.set(_checked(name, "fusedrnn.engine"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass
+class Choice:
+    """Which engine serves a call, and why the ones before it did not."""
+
+    engine: Engine
+    forced: bool
+    declined: dict[str, str] = field(default_factory=dict)
+
+
+def _objection(candidate: Engine, call: Call, not_plain: str | None) -> str | None:
+    if not_plain is not None and not candidate.traceable:
+        return not_plain
+    return candidate.available() or candidate.supports(call)
+
+
+def choose(call: Call) -> Choice:
+    """The engine that serves ``call`` now.
+
+    Raises:
+        RuntimeError: the engine asked for does not support the call; the message says why.
+    """
+    not_plain = why_not_plain(call.tensors())
+    name = _forced.get(_default)
+    if name != AUTO:
+        objection = _objection(ENGINES[name], call, not_plain)
+        if objection is not None:
+            raise RuntimeError(f"engine {name!r} was asked for but does not support this call: {objection}")
+        return Choice(ENGINES[name], forced=True)
+    declined: dict[str, str] = {}
+    for candidate in ENGINES.values():
+        # Stock torch has no second derivatives, forward mode or vmap of its recurrent kernels: go on to reference.
+        objection = not_plain if candidate.name == "torch" else _objection(candidate, call, not_plain)
+        if objection is None:
+            return Choice(candidate, forced=False, declined=declined)
+        declined[candidate.name] = objection
+    raise AssertionError("the reference engine supports every call")

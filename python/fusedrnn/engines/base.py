@@ -1,0 +1,191 @@
+"""What an engine is asked for (a :class:`Call`) and what it must offer (an :class:`Engine`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cells import Cell
+
+#: A direction's weights in a :class:`Call`: weight_ih (G*H, I), weight_hh (G*H, R), bias_ih (G*H),
+#: bias_hh (G*H), weight_hr (R, H); None where the layer has none. R is H without a projection.
+WEIGHTS_PER_DIRECTION = 5
+
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass(slots=True)
+class Call:
+    """One layer of a recurrent network, in one direction or both, over a whole sequence.
+
+    Attributes:
+        cell: which cell.
+        input: (T, B, I) with any strides, or packed (tokens, I) when ``batch_sizes`` is given.
+        hx: for each of the cell's states the initial value, (D, B, width), or None for zeros.
+        weights: ``WEIGHTS_PER_DIRECTION`` entries for each of the D directions.
+        batch_sizes: of a PackedSequence: int64 on the CPU, rows active at each step, never rising.
+        sequence: whether the output of every step is wanted; without it the output is None.
+    """
+
+    cell: Cell
+    input: Tensor
+    hx: tuple[Tensor | None, ...]
+    weights: tuple[Tensor | None, ...]
+    batch_sizes: Tensor | None = None
+    sequence: bool = True
+
+    @property
+    def directions(self) -> int:
+        return len(self.weights) // WEIGHTS_PER_DIRECTION
+
+    @property
+    def time(self) -> int:
+        return self.input.shape[0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+
+    @property
+    def batch(self) -> int:
+        return self.input.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[0].shape[0] // len(self.cell.gates)  # type: ignore[union-attr]
+
+    @property
+    def output_size(self) -> int:
+        """Width R of the state h: the projection's if there is one, else the hidden size."""
+        return self.weights[1].shape[1]  # type: ignore[union-attr]
+
+    def widths(self) -> tuple[int, ...]:
+        """Width of each state: R for h, H for the others."""
+        return (self.output_size, *[self.hidden_size] * (len(self.cell.states) - 1))
+
+    def of_direction(self, direction: int) -> tuple[Tensor | None, ...]:
+        """The five weights of one direction."""
+        first = direction * WEIGHTS_PER_DIRECTION
+        return self.weights[first : first + WEIGHTS_PER_DIRECTION]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything a gradient may be asked for: input, hx, weights."""
+        return (self.input, *self.hx, *self.weights)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Call:
+        """The same call on other tensors, given in the order of :meth:`tensors`."""
+        first = 1 + len(self.cell.states)
+        return replace(self, input=tensors[0], hx=tuple(tensors[1:first]), weights=tuple(tensors[first:]))  # type: ignore[arg-type]
+
+    def without_tensors(self) -> Call:
+        """What remains of the call when autograd keeps the tensors; ``with_tensors`` restores it."""
+        return replace(self, input=_NOTHING, hx=(), weights=())
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call with every floating-point tensor converted."""
+        return self.with_tensors([None if t is None else t.to(dtype) for t in self.tensors()])
+
+    def check(self) -> None:
+        """Check every shape, dtype and device.
+
+        Raises:
+            RuntimeError: names the tensor, what it is and what was expected.
+        """
+        input_, gates = self.input, len(self.cell.gates)
+        if self.batch_sizes is None:
+            if input_.dim() != 3:
+                raise RuntimeError(f"input must have 3 dimensions (time, batch, feature), got {input_.dim()}")
+        else:
+            self._check_batch_sizes()
+        if self.time == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        first = self.weights[1]
+        if first is None or first.dim() != 2:
+            raise RuntimeError("weight_hh must be a matrix")
+        hidden, batch, features = first.shape[0] // gates, self.batch, input_.shape[-1]
+        for direction in range(self.directions):
+            weights = self.of_direction(direction)
+            projected = weights[4] is not None
+            if projected and "c" not in self.cell.states:
+                raise RuntimeError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            output = weights[4].shape[0] if projected else hidden  # type: ignore[union-attr]
+            expected = {
+                "weight_ih": (gates * hidden, features),
+                "weight_hh": (gates * hidden, output),
+                "bias_ih": (gates * hidden,),
+                "bias_hh": (gates * hidden,),
+                "weight_hr": (output, hidden),
+            }
+            for (name, shape), weight in zip(expected.items(), weights, strict=True):
+                if weight is not None:
+                    self._check_tensor(name, weight, shape)
+            if (weights[2] is None) != (weights[3] is None):
+                raise RuntimeError("bias_ih and bias_hh must be given together")
+        for name, state, width in zip(self.cell.states, self.hx, self.widths(), strict=True):
+            if state is not None:
+                self._check_tensor(f"{name}_0", state, (self.directions, batch, width))
+
+    def _check_batch_sizes(self) -> None:
+        sizes = self.batch_sizes
+        assert sizes is not None
+        if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
+            raise RuntimeError("batch_sizes should always be on CPU, one-dimensional, int64")
+        if self.input.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions (tokens, feature), got {self.input.dim()}")
+        if len(sizes) and (int(sizes[-1]) < 1 or bool((sizes[1:] > sizes[:-1]).any())):
+            raise RuntimeError("batch_sizes must be positive and must not rise along time")
+        if int(sizes.sum()) != self.input.shape[0]:
+            raise RuntimeError(f"batch_sizes add up to {int(sizes.sum())}, but input has {self.input.shape[0]} rows")
+
+    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(f"Expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != self.input.dtype:
+            raise RuntimeError(f"{name} has dtype {tensor.dtype}, but input has {self.input.dtype}")
+        if tensor.device != self.input.device:
+            raise RuntimeError(
+                f"Input and parameter tensors are not at the same device: input is on {self.input.device}, "
+                f"{name} on {tensor.device}"
+            )
+
+
+#: ``(output or None, *final states)``: output (T, B, D*R) or (tokens, D*R), states (D, B, width).
+Outputs = tuple[Tensor | None, ...]
+#: What an engine keeps for its own backward. Nobody else looks inside.
+Saved = tuple[Tensor, ...]
+
+
+class Engine(Protocol):
+    """Something that can run a :class:`Call`.
+
+    A ``traceable`` engine is made of torch operations: autograd, torch.func and dispatch modes see
+    through it, so it needs no ``backward``. The others work on plain tensors only, and the call they get
+    is in a dtype of ``dtypes``: another floating-point type is converted for them (``computes_in``).
+    """
+
+    name: ClassVar[str]
+    traceable: ClassVar[bool]
+
+    def available(self) -> str | None:
+        """None if the engine can run on this machine, else the reason why not."""
+
+    def supports(self, call: Call) -> str | None:
+        """None if the engine can run the call, else the reason why not."""
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to which tensors of ``dtype`` are converted before the engine sees them."""
+
+    def describe(self, call: Call) -> str:
+        """One line for ``explain``: which kernel, instruction set, threads."""
+
+    def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
+        """Run the layer; with ``save`` keep what ``backward`` needs."""
+
+    def backward(
+        self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients in the order of ``call.tensors()``, None where ``needs`` is false.
+
+        ``grads`` are those of the outputs, None for zeros. ``saved`` may be used again: it is not changed.
+        """

@@ -1,0 +1,385 @@
+"""Recurrent networks as functions of tensors: the modules of :mod:`fusedrnn.nn` without the module.
+
+Shapes use T steps, B sequences, I input features, H hidden features, L layers, D directions (1 or 2) and R, the
+width of the state h: the projection's size if there is one, else H. Weights come flat in the order of
+torch.nn's ``_flat_weights``: for each layer, for each direction, weight_ih (G*H, I or D*R), weight_hh (G*H, R),
+then with ``bias`` bias_ih (G*H) and bias_hh (G*H), then for a projected LSTM weight_hr (R, H). G and the order of
+the gates are torch's: 1 for an RNN, 4 (i, f, g, o) for an LSTM, 3 (r, z, n) for a GRU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import run
+from .cells import CELLS, Cell
+from .engines.base import WEIGHTS_PER_DIRECTION, Call
+from .torch_state import autocast_dtype
+
+#: Under autocast on the CPU torch returns these cells' outputs in the autocast dtype, the others' in float32.
+_AUTOCAST_TO_LOW_PRECISION = frozenset({"lstm", "rnn_tanh", "rnn_relu"})
+_AUTOCAST_CELLS_TO_LOW_PRECISION = frozenset({"rnn_tanh", "rnn_relu"})
+
+
+def network(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    projected: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """A stack of layers of any cell: what all the functions of this module do once their arguments are in order.
+
+    Args:
+        cell: the cell.
+        input: (T, B, I), or (tokens, I) of a PackedSequence.
+        hx: for each state of the cell (L*D, B, width), or None for zeros.
+        weights: flat, as the module's docstring says.
+        projected: whether ``weights`` include weight_hr.
+        batch_sizes: of the PackedSequence.
+
+    Returns:
+        output (T, B, D*R) or (tokens, D*R), and for each state its final value (L*D, B, width).
+
+    Raises:
+        RuntimeError: wrong shapes, dtypes, devices, or number of weights.
+        ValueError: dropout outside [0, 1].
+    """
+    directions = 2 if bidirectional else 1
+    each = (4 if bias else 2) + (1 if projected else 0)
+    if len(weights) != num_layers * directions * each:
+        raise RuntimeError(
+            f"Expected {num_layers * directions * each} weights ({num_layers} layers, {directions} directions, "
+            f"{each} each), got {len(weights)}"
+        )
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    groups = _in_groups_of_five(weights, bias, projected)
+    low = autocast_dtype(input.device.type)
+    if low is not None and input.is_floating_point():
+        low = low if cell.name in _AUTOCAST_TO_LOW_PRECISION else torch.float32
+        with torch.autocast(input.device.type, enabled=False):
+            input, hx, groups = input.to(low), [_to(h, low) for h in hx], tuple(_to(w, low) for w in groups)
+            return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
+    return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _in_groups_of_five(weights: Sequence[Tensor | None], bias: bool, projected: bool) -> tuple[Tensor | None, ...]:
+    """Flat weights with None in the places of the biases and projections that the layer does without."""
+    if bias and projected:
+        return tuple(weights)
+    step = len(weights) if not weights else (4 if bias else 2) + (1 if projected else 0)
+    groups: list[Tensor | None] = []
+    for first in range(0, len(weights), step):
+        group = weights[first : first + step]
+        groups += group[:2]
+        groups += group[2:4] if bias else (None, None)
+        groups.append(group[-1] if projected else None)
+    return tuple(groups)
+
+
+def _layers(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: tuple[Tensor | None, ...],
+    num_layers: int,
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    if num_layers == 1:
+        output, *last = run(Call(cell, input, tuple(hx), weights, batch_sizes))
+        return output, last  # type: ignore[return-value]
+    for name, state in zip(cell.states, hx, strict=True):
+        if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
+            raise RuntimeError(
+                f"Expected {name}_0 of shape ({num_layers * directions}, batch, features), got {tuple(state.shape)}"
+            )
+    final: list[list[Tensor]] = [[] for _ in cell.states]
+    each = directions * WEIGHTS_PER_DIRECTION
+    for layer in range(num_layers):
+        if layer and dropout:
+            input = torch.nn.functional.dropout(input, dropout)
+        of_layer = tuple(None if h is None else h[layer * directions : (layer + 1) * directions] for h in hx)
+        output, *last = run(Call(cell, input, of_layer, weights[layer * each : (layer + 1) * each], batch_sizes))
+        input = output  # type: ignore[assignment]
+        for values, value in zip(final, last, strict=True):
+            values.append(value)  # type: ignore[arg-type]
+    return input, [torch.cat(values) for values in final]
+
+
+def sequence(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    *,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`network` for input as users have it: unbatched, batch first, or packed.
+
+    Raises:
+        ValueError: the input is neither 2D nor 3D.
+        RuntimeError: as ``network``, or a state's number of dimensions does not fit the input's.
+    """
+    if batch_sizes is not None:
+        return network(cell, input, hx, weights, batch_sizes=batch_sizes, **options)
+    dims = input.dim()
+    if dims not in (2, 3):
+        raise ValueError(f"{cell.mode}: Expected input to be 2D or 3D, got {dims}D instead")
+    for name, state in zip(cell.states, hx, strict=True):
+        if state is not None and state.dim() != dims:
+            raise RuntimeError(f"For {dims}-D input, {name}_0 should also be {dims}-D, got {state.dim()}-D")
+    if dims == 2:
+        output, last = network(
+            cell, input.unsqueeze(1), [None if h is None else h.unsqueeze(1) for h in hx], weights, **options
+        )
+        return output.squeeze(1), [state.squeeze(1) for state in last]
+    if not batch_first:
+        return network(cell, input, hx, weights, **options)
+    output, last = network(cell, input.transpose(0, 1), hx, weights, **options)
+    return output.transpose(0, 1), last
+
+
+def cell_step(
+    cell: Cell, input: Tensor, hx: Sequence[Tensor | None], weights: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """One step of one cell: what the ``*_cell`` functions do.
+
+    Args:
+        cell: the cell.
+        input: (B, I) or unbatched (I).
+        hx: for each state of the cell (B, H) or (H), or None for zeros.
+        weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih (G*H) or None, bias_hh (G*H) or None.
+
+    Returns:
+        for each state its new value, shaped as the state.
+
+    Raises:
+        ValueError: the input or a state is neither 1D nor 2D.
+        RuntimeError: wrong shapes, dtypes or devices.
+    """
+    dims = input.dim()
+    for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
+        if tensor is not None and tensor.dim() not in (1, 2):
+            raise ValueError(f"{cell.mode} cell: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+        if tensor is not None and tensor.dim() != dims:
+            raise RuntimeError(f"For {dims}-D input, {name} should also be {dims}-D, got {tensor.dim()}-D")
+    add_batch = (0, 0) if dims == 1 else (0,)
+
+    def batched(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[None, None] if dims == 1 else tensor[None]
+
+    low = autocast_dtype(input.device.type)
+    if low is not None and input.is_floating_point():
+        low = low if cell.name in _AUTOCAST_CELLS_TO_LOW_PRECISION else torch.float32
+        with torch.autocast(input.device.type, enabled=False):
+            return cell_step(cell, input.to(low), [_to(h, low) for h in hx], [_to(w, low) for w in weights])
+    call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]
+    return tuple(state[add_batch] for state in run(call)[1:])  # type: ignore[index]
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman network (Elman 1990): ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or with relu.
+
+    Args:
+        input: (T, B, I); (B, T, I) with ``batch_first``; unbatched (T, I); (tokens, I) with ``batch_sizes``.
+        hx: initial state (L*D, B, H), unbatched (L*D, H), None for zeros.
+        weights: flat (see the module's docstring).
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether ``weights`` contain biases.
+        num_layers: L.
+        dropout: probability of zeroing an element of a layer's output, except the last's, while ``training``.
+        training: whether dropout is active.
+        bidirectional: whether D is 2.
+        batch_first: whether batch comes before time in input and output.
+        batch_sizes: of a PackedSequence, int64 on the CPU.
+
+    Returns:
+        output (T, B, D*H), laid out as the input, and h_n (L*D, B, H).
+
+    Raises:
+        ValueError: unknown nonlinearity, dropout outside [0, 1], input neither 2D nor 3D.
+        RuntimeError: wrong shapes, dtypes, devices, or number of weights.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    output, (h_n,) = sequence(
+        CELLS[f"rnn_{nonlinearity}"],
+        input,
+        (hx,),
+        weights,
+        bias=bias,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        batch_sizes=batch_sizes,
+    )
+    return output, h_n
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    projected: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014).
+
+    Args:
+        hx: initial states h (L*D, B, R) and c (L*D, B, H), unbatched without B, None for zeros.
+        projected: whether ``weights`` contain weight_hr, which maps o * tanh(c) from H to R.
+
+    Returns:
+        output (T, B, D*R), laid out as the input, and (h_n (L*D, B, R), c_n (L*D, B, H)).
+
+    The other arguments and the errors are those of :func:`rnn`.
+    """
+    output, (h_n, c_n) = sequence(
+        CELLS["lstm"],
+        input,
+        (None, None) if hx is None else hx,
+        weights,
+        bias=bias,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        projected=projected,
+        batch_first=batch_first,
+        batch_sizes=batch_sizes,
+    )
+    return output, (h_n, c_n)
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated recurrent unit (Cho et al. 2014), the reset gate applied after the recurrent product as in cuDNN.
+
+    Arguments, results and errors are those of :func:`rnn`.
+    """
+    output, (h_n,) = sequence(
+        CELLS["gru"],
+        input,
+        (hx,),
+        weights,
+        bias=bias,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        batch_sizes=batch_sizes,
+    )
+    return output, h_n
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of :func:`rnn`: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h.
+
+    Raises:
+        ValueError: unknown nonlinearity, input or hx neither 1D nor 2D.
+        RuntimeError: wrong shapes, dtypes or devices.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return cell_step(CELLS[f"rnn_{nonlinearity}"], input, (hx,), (weight_ih, weight_hh, bias_ih, bias_hh))[0]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`lstm`: input (B, I) or (I), hx a pair of (B, H) or (H), or None; returns the new (h, c).
+
+    Raises:
+        ValueError: input or a state neither 1D nor 2D.
+        RuntimeError: wrong shapes, dtypes or devices.
+    """
+    states = (None, None) if hx is None else hx
+    h, c = cell_step(CELLS["lstm"], input, states, (weight_ih, weight_hh, bias_ih, bias_hh))
+    return h, c
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of :func:`gru`: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h.
+
+    Raises:
+        ValueError: input or hx neither 1D nor 2D.
+        RuntimeError: wrong shapes, dtypes or devices.
+    """
+    return cell_step(CELLS["gru"], input, (hx,), (weight_ih, weight_hh, bias_ih, bias_hh))[0]

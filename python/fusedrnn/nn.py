@@ -1,0 +1,166 @@
+"""Drop-in replacements of torch.nn's recurrent modules.
+
+Each is a subclass of torch.nn's module of the same name and inherits its constructor, parameters, state_dict,
+initial weights, repr, checks and error messages. Only ``forward`` is ours, so any module of torch.nn can become one
+of these, and back, by changing its class: see :func:`fusedrnn.convert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .cells import CELLS, MODES, Cell
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The module's weights as they are now: parameters, or whatever replaced them (parametrizations, weight drop)."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]  # type: ignore[misc]
+    except KeyError:
+        return [getattr(module, name) for name in names]
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """``forward`` for all of torch.nn's sequence modules."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the network as torch.nn's module of the same name does.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, unbatched (T, I), or a PackedSequence.
+            hx: initial state (L*D, B, R), for an LSTM a pair with c (L*D, B, H); unbatched without B; None for zeros.
+
+        Returns:
+            output, laid out as the input with D*R features, and the final state, shaped as ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: whatever torch.nn's module raises for the same fault.
+        """
+        cell = MODES[self.mode]
+        weights = _current(self, self._flat_weights_names)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(cell, input, hx, weights)
+        if not self._looks_right(cell, input, hx, weights):
+            self._check(cell, input, hx)
+        states = self._states(cell, hx)
+        output, last = functional.sequence(cell, input, states, weights, batch_first=self.batch_first, **self._options())
+        return output, last[0] if len(last) == 1 else tuple(last)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "bias": self.bias,
+            "num_layers": self.num_layers,
+            "dropout": self.dropout,
+            "training": self.training,
+            "bidirectional": self.bidirectional,
+            "projected": self.proj_size > 0,
+        }
+
+    def _states(self, cell: Cell, hx: Any) -> Sequence[Tensor | None]:
+        if len(cell.states) == 1:
+            return (hx,)
+        return (None,) * len(cell.states) if hx is None else hx
+
+    def _looks_right(self, cell: Cell, input: Any, hx: Any, weights: list[Tensor]) -> bool:
+        """A quick look that never errs in saying yes, so that the usual call is spared torch.nn's slower checks."""
+        shape = input.shape
+        if len(shape) != 3 or shape[2] != self.input_size or input.dtype != weights[0].dtype:
+            return False
+        if hx is None:
+            return True
+        h = hx if len(cell.states) == 1 else hx[0]
+        directions = 2 if self.bidirectional else 1
+        batch = shape[0 if self.batch_first else 1]
+        expected = (self.num_layers * directions, batch, self.proj_size or self.hidden_size)
+        if len(cell.states) == 1:
+            return bool(h.shape == expected)
+        return len(hx) == 2 and bool(h.shape == expected and hx[1].shape == (*expected[:2], self.hidden_size))
+
+    def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
+        """Raise what torch.nn raises: its own checks, in its order."""
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if not batched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+        if hx is None:
+            self.check_input(input, None)
+            return
+        several = len(cell.states) > 1
+        dims = [h.dim() for h in hx] if several else [hx.dim()]
+        if any(d != (3 if batched else 2) for d in dims):
+            kind, want = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
+            got = ", ".join(f"{d}-D" for d in dims)
+            raise RuntimeError(f"For {kind} input, hx should also be {want}-D but got ({got}) tensors")
+        if not batched:
+            hx = tuple(h.unsqueeze(1) for h in hx) if several else hx.unsqueeze(1)
+        self.check_forward_args(input, hx, None)
+
+    def _forward_packed(self, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> Any:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        several = len(cell.states) > 1
+        if hx is None:
+            self.check_input(data, batch_sizes)
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_forward_args(data, hx, batch_sizes)
+        output, last = functional.sequence(
+            cell, data, self._states(cell, hx), weights, batch_sizes=batch_sizes, **self._options()
+        )
+        final: Any = tuple(last) if several else last[0]
+        return (
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+            self.permute_hidden(final, unsorted_indices),
+        )
+
+
+class RNN(_Recurrent, torch.nn.RNN):
+    """torch.nn.RNN, run by fusedrnn."""
+
+
+class LSTM(_Recurrent, torch.nn.LSTM):
+    """torch.nn.LSTM, run by fusedrnn."""
+
+
+class GRU(_Recurrent, torch.nn.GRU):
+    """torch.nn.GRU, run by fusedrnn."""
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class RNNCell(torch.nn.RNNCell):
+    """torch.nn.RNNCell, run by fusedrnn."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.RNNCell."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return functional.cell_step(CELLS[f"rnn_{self.nonlinearity}"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """torch.nn.LSTMCell, run by fusedrnn."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step: input (B, I) or (I), hx a pair of (B, H) or (H); returns the new (h, c). Errors as torch.nn's."""
+        states = (None, None) if hx is None else hx
+        h, c = functional.cell_step(CELLS["lstm"], input, states, _current(self, _CELL_WEIGHTS))
+        return h, c
+
+
+class GRUCell(torch.nn.GRUCell):
+    """torch.nn.GRUCell, run by fusedrnn."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.GRUCell."""
+        return functional.cell_step(CELLS["gru"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]

@@ -1,0 +1,41 @@
+"""Questions to torch for which it has no public function, all in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_PLAIN_TYPES = (Tensor, Parameter)
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a kernel that reads memory by pointer may not run here, or None if it may.
+
+    It may not inside torch.compile, torch.func transforms, forward-mode AD and dispatch modes (fake tensors),
+    nor on tensor subclasses: there the tensors have no memory, or more meaning than their memory.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "torch is compiling or tracing"
+    if _functorch_level() is not None:
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if _dispatch_modes():
+        return "inside a torch dispatch mode"
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+            return f"the tensor subclass {type(tensor).__name__}"
+    return None
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast prescribes on the device, None where autocast is off."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
