@@ -48,7 +48,7 @@ class CpuEngine:
         assert _cpu is not None
         input, D = _readable(call.input), call.directions
         try:
-            T, B, tokens, H, R = _cpu.measure(call.cell.name, input, call.batch_sizes, call.hx, call.weights)
+            T, B, tokens, H, R, kept = _cpu.measure(call.cell.name, input, call.batch_sizes, call.hx, call.weights)
         except ValueError as error:
             call.check()
             raise RuntimeError(str(error)) from None
@@ -60,7 +60,7 @@ class CpuEngine:
         final += [torch.empty((D, B, H), dtype=dtype) for _ in call.cell.states[1:]]
         saved = ()
         if save:
-            saved = (torch.empty(_cpu.saved_size(call.cell.name, D * tokens, H, R), dtype=dtype),)
+            saved = (torch.empty(kept, dtype=dtype),)
         _cpu.forward(
             call.cell.name,
             input,

@@ -1,0 +1,98 @@
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace fusedrnn {
+namespace {
+
+// The part of the DLPack 1.2 application binary interface that is used here.
+namespace dlpack {
+
+struct Version {
+  uint32_t major, minor;
+};
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeHeader {
+  Version version;
+  ExchangeHeader* previous;
+};
+struct Exchange {
+  ExchangeHeader header;
+  void *managed_tensor_allocator, *managed_tensor_from_py_object, *managed_tensor_to_py_object;
+  int (*tensor_from_py_object)(void* object, Tensor* out);  // fills a borrowed view, no synchronisation
+  void* current_work_stream;
+};
+constexpr int32_t cpu = 1;
+constexpr uint8_t code_int = 0, code_float = 2;
+
+}  // namespace dlpack
+
+const dlpack::Exchange* find_exchange() {
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  auto* exchange =
+      static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!exchange) throw py::error_already_set();
+  return exchange->header.version.major == 1 && exchange->tensor_from_py_object ? exchange : nullptr;
+}
+
+void check_dims(int64_t dims) {
+  if (dims > TensorView::max_dims)
+    throw std::invalid_argument("a tensor has " + std::to_string(dims) + " dimensions, at most 3 are expected");
+}
+
+TensorView through_exchange(const dlpack::Exchange& exchange, py::handle object) {
+  dlpack::Tensor tensor;
+  if (exchange.tensor_from_py_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (tensor.device.type != dlpack::cpu) throw std::invalid_argument("a tensor is not on the CPU");
+  check_dims(tensor.ndim);
+  TensorView result;
+  result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  result.dims = tensor.ndim;
+  for (int d = 0; d < tensor.ndim; ++d) result.shape[d] = tensor.shape[d], result.stride[d] = tensor.strides[d];
+  result.kind = tensor.dtype.code == dlpack::code_float ? 'f' : tensor.dtype.code == dlpack::code_int ? 'i' : '?';
+  result.bits = tensor.dtype.bits;
+  return result;
+}
+
+TensorView through_methods(py::handle tensor) {
+  static const py::object torch = py::module_::import("torch");
+  static const py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), int64 = torch.attr("int64");
+  if (!tensor.attr("is_cpu").cast<bool>()) throw std::invalid_argument("a tensor is not on the CPU");
+  TensorView result;
+  const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
+  check_dims(static_cast<int64_t>(shape.size()));
+  result.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  result.dims = static_cast<int>(shape.size());
+  for (int d = 0; d < result.dims; ++d)
+    result.shape[d] = shape[d].cast<int64_t>(), result.stride[d] = stride[d].cast<int64_t>();
+  const py::object dtype = tensor.attr("dtype");
+  result.kind = dtype.is(float32) || dtype.is(float64) ? 'f' : dtype.is(int64) ? 'i' : '?';
+  result.bits = dtype.is(float32) ? 32 : 64;
+  return result;
+}
+
+}  // namespace
+
+TensorView view(py::handle tensor) {
+  if (tensor.is_none()) return {};
+  static const dlpack::Exchange* exchange = find_exchange();
+  return exchange ? through_exchange(*exchange, tensor) : through_methods(tensor);
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,39 @@
+// Reads torch tensors without linking libtorch: through the C exchange table of DLPack 1.2 that torch.Tensor carries
+// (torch >= 2.10), else through the tensor's Python methods. So one build serves every torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace fusedrnn {
+
+// A borrowed look at a tensor's memory, valid while the tensor lives.
+struct TensorView {
+  static constexpr int max_dims = 3;
+  void* data = nullptr;
+  int dims = 0;
+  int64_t shape[max_dims] = {}, stride[max_dims] = {};
+  char kind = 0;  // 'f' float, 'i' signed integer, '?' anything else
+  int bits = 0;
+
+  explicit operator bool() const { return dims > 0; }
+  bool is_float(int width) const { return kind == 'f' && bits == width; }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int d = dims - 1; d >= 0; --d) {
+      if (shape[d] == 0) return true;
+      if (shape[d] != 1 && stride[d] != expected) return false;
+      expected *= shape[d];
+    }
+    return true;
+  }
+};
+
+// Throws std::invalid_argument for tensors that are not on the CPU or have more than three dimensions.
+// None gives an empty view.
+TensorView view(pybind11::handle tensor);
+
+}  // namespace fusedrnn

@@ -1,0 +1,35 @@
+// LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000), gates i f g o, states h c:
+//   c = f c' + i g,  h = o tanh(c)
+#pragma once
+
+#include "cell.h"
+
+namespace fusedrnn {
+
+struct Lstm {
+  static constexpr int gates = 4, states = 2, slots = 4, kept = 4;
+  static constexpr int input_slot[] = {0, 1, 2, 3}, recurrent_slot[] = {0, 1, 2, 3};
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void forward(const V* x, const V* r, const V* prev, V* next, V* keep) {
+    const V i = M::sigmoid(x[0] + r[0]), f = M::sigmoid(x[1] + r[1]);
+    const V g = M::tanh(x[2] + r[2]), o = M::sigmoid(x[3] + r[3]);
+    next[1] = f * prev[1] + i * g;
+    next[0] = o * M::tanh(next[1]);
+    keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o;
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void backward(const V* keep, const V* prev, const V* next, const V* dnext, V* dprev, V* d) {
+    const V i = keep[0], f = keep[1], g = keep[2], o = keep[3], tanh_c = M::tanh(next[1]);
+    const V dc = dnext[1] + dnext[0] * o * (1 - tanh_c * tanh_c);
+    d[0] = dc * g * i * (1 - i);
+    d[1] = dc * prev[1] * f * (1 - f);
+    d[2] = dc * i * (1 - g * g);
+    d[3] = dnext[0] * tanh_c * o * (1 - o);
+    dprev[0] = V{};
+    dprev[1] = dc * f;
+  }
+};
+
+}  // namespace fusedrnn

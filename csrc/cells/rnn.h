@@ -1,0 +1,41 @@
+// Elman network (1990): h = f(W_ih x + b_ih + W_hh h' + b_hh). Backward needs h alone.
+#pragma once
+
+#include "cell.h"
+
+namespace fusedrnn {
+
+struct RnnTanh {
+  static constexpr int gates = 1, states = 1, slots = 1, kept = 0;
+  static constexpr int input_slot[] = {0}, recurrent_slot[] = {0};
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void forward(const V* x, const V* r, const V*, V* next, V*) {
+    next[0] = M::tanh(x[0] + r[0]);
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void backward(const V*, const V*, const V* next, const V* dnext, V* dprev, V* d) {
+    d[0] = dnext[0] * (1 - next[0] * next[0]);
+    dprev[0] = V{};
+  }
+};
+
+struct RnnRelu {
+  static constexpr int gates = 1, states = 1, slots = 1, kept = 0;
+  static constexpr int input_slot[] = {0}, recurrent_slot[] = {0};
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void forward(const V* x, const V* r, const V*, V* next, V*) {
+    const V sum = x[0] + r[0];
+    next[0] = sum < 0 ? V{} : sum;  // keeps a NaN
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void backward(const V*, const V*, const V* next, const V* dnext, V* dprev, V* d) {
+    d[0] = next[0] <= 0 ? V{} : dnext[0];
+    dprev[0] = V{};
+  }
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,193 @@
+// The matrix products of a recurrent layer: packed column panels, one register-blocked micro-kernel.
+//
+// The right-hand matrix (weights) is packed into panels of NV vectors of columns, [panel][k][NV * width], so that the
+// micro-kernel reads it as one stream. The left-hand rows (inputs, hidden states, gate gradients) are read where they
+// lie, through an array of row pointers: packed, batch-first, reversed and time-major sequences cost the same.
+
+// Columns of a panel: NV vectors, at most `max_vectors`. Rows of a block: at most `max_rows`. Their product is what
+// fits in the registers: 12 of 16 accumulators with AVX2 and SSE, 24 of 32 with AVX-512.
+template <class T>
+struct Block {
+  static constexpr int width = Simd<T>::width;
+  static constexpr int max_rows = 6;
+  static constexpr int max_vectors = FUSEDRNN_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int max_columns = max_vectors * width;
+};
+
+// Left-hand side of the micro-kernel as rows: element (r, k) is rows[r][k].
+template <class T, int MR>
+struct Rows {
+  const T* row[MR];
+  T operator()(int r, int64_t k) const { return row[r][k]; }
+};
+
+// Left-hand side as a packed block of a transposed matrix: element (r, k) is block[k * max_rows + r].
+template <class T>
+struct Transposed {
+  const T* block;
+  T operator()(int r, int64_t k) const { return block[k * Block<T>::max_rows + r]; }
+};
+
+// out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). With few accumulators K is split
+// into several chains of additions, so that the latency of an addition (4 cycles, 2 a cycle) is hidden.
+template <class T, int MR, int NV, class Left>
+FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, T* out, int64_t ldo, bool add) {
+  using S = Simd<T>;
+  using V = typename S::V;
+  constexpr int width = S::width;
+  constexpr int chains = MR * NV >= 8 ? 1 : (8 + MR * NV - 1) / (MR * NV);
+  V sum[chains][MR][NV] = {};
+  int64_t k = 0;
+  for (; k + chains <= K; k += chains) {
+#pragma GCC unroll 8
+    for (int c = 0; c < chains; ++c) {
+      const T* right = panel + (k + c) * (NV * width);
+      V column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = S::load(right + v * width);
+#pragma GCC unroll 6
+      for (int r = 0; r < MR; ++r) {
+        const T value = left(r, k + c);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[c][r][v] += value * column[v];
+      }
+    }
+  }
+  for (; k < K; ++k)
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[0][r][v] += left(r, k) * S::load(panel + (k * NV + v) * width);
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      V total = sum[0][r][v];
+#pragma GCC unroll 8
+      for (int c = 1; c < chains; ++c) total += sum[c][r][v];
+      T* place = out + r * ldo + v * width;
+      if (add) total += S::load(place);
+      S::store(place, total);
+    }
+}
+
+template <class T, int MR, int NV>
+static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, T* out, int64_t ldo, bool add) {
+  Rows<T, MR> left;
+  for (int r = 0; r < MR; ++r) left.row[r] = rows[r] + first_k;
+  tile<T, MR, NV>(K, left, panel, out, ldo, add);
+}
+
+template <class T, int MR, int NV>
+static void transposed_tile(int64_t K, const T* block, const T* panel, T* out, int64_t ldo, bool add) {
+  tile<T, MR, NV>(K, Transposed<T>{block}, panel, out, ldo, add);
+}
+
+// Calls f.template operator()<MR, NV>() for run-time MR and NV.
+template <class T, int MR = 1, int NV = 1, class F>
+FUSEDRNN_INLINE void with_block(int mr, int nv, F&& f) {
+  if constexpr (MR < Block<T>::max_rows) {
+    if (mr > MR) return with_block<T, MR + 1, NV>(mr, nv, f);
+  }
+  if constexpr (NV < Block<T>::max_vectors) {
+    if (nv > NV) return with_block<T, MR, NV + 1>(mr, nv, f);
+  }
+  f.template call<MR, NV>();
+}
+
+template <class T>
+struct RowsTile {
+  int64_t K;
+  const T* const* rows;
+  int64_t first_k;
+  const T* panel;
+  T* out;
+  int64_t ldo;
+  bool add;
+  template <int MR, int NV>
+  void call() const {
+    rows_tile<T, MR, NV>(K, rows, first_k, panel, out, ldo, add);
+  }
+};
+
+template <class T>
+struct TransposedTile {
+  int64_t K;
+  const T *block, *panel;
+  T* out;
+  int64_t ldo;
+  bool add;
+  template <int MR, int NV>
+  void call() const {
+    transposed_tile<T, MR, NV>(K, block, panel, out, ldo, add);
+  }
+};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// K is cut so that a stretch of a panel (16 KB) stays in the first-level cache while the rows pass by.
+template <class T>
+constexpr int64_t k_stretch = 16384 / (Block<T>::max_columns * sizeof(T));
+
+// out(n x nv vectors) = rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
+template <class T>
+static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo) {
+  const int64_t blocks = ceil_div(n, Block<T>::max_rows);
+  const int64_t stretch = blocks > 1 ? k_stretch<T> : K;
+  for (int64_t k = 0; k < K || k == 0; k += stretch)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
+      with_block<T>((int)(last - first), nv,
+                    RowsTile<T>{smaller(stretch, K - k), rows + first, k, panel + k * nv * Block<T>::width,
+                                out + first * ldo, ldo, k > 0});
+    }
+}
+
+// A matrix packed into column panels. `columns` is rounded up to whole vectors; what is beyond is zero.
+template <class T>
+struct Panels {
+  T* data = nullptr;
+  int64_t K = 0, columns = 0;
+  int vectors = Block<T>::max_vectors;  // of every panel but perhaps the last
+
+  static int64_t size(int64_t K, int64_t columns) { return K * round_up(columns, Block<T>::width); }
+  int64_t width() const { return (int64_t)vectors * Block<T>::width; }
+  int64_t count() const { return ceil_div(columns, width()); }
+  const T* panel(int64_t p) const { return data + p * width() * K; }
+  T* panel(int64_t p) { return data + p * width() * K; }
+  int64_t first(int64_t p) const { return p * width(); }
+  int64_t last(int64_t p) const { return smaller(columns, first(p) + width()); }
+  int vectors_of(int64_t p) const { return (int)ceil_div(last(p) - first(p), Block<T>::width); }
+};
+
+// Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k].
+template <class T>
+static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
+  const int64_t K = packed.K, first = packed.first(p), n = packed.last(p) - first;
+  const int64_t padded = packed.vectors_of(p) * Block<T>::width;
+  T* out = packed.panel(p);
+  for (int64_t c0 = 0; c0 < padded; c0 += 8)  // eight rows at a time share the cache lines they write
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = c0; c < smaller(c0 + 8, padded); ++c) out[k * padded + c] = c < n ? w[(first + c) * K + k] : T(0);
+}
+
+// out[k] = rows[k][first, first + columns) for k < n, filled with zeros up to whole vectors.
+template <class T>
+static void pack_columns(const T* const* rows, int64_t n, int64_t first, int64_t columns, T* out) {
+  using S = Simd<T>;
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t c = 0; c < columns; c += S::width, out += S::width)
+      S::store(out, S::load(rows[k] + first + c, (int)smaller(S::width, columns - c)));
+}
+
+// Packs columns [first, last) of rows[0 .. K) into blocks for Transposed, max_rows columns each; missing ones are zero.
+template <class T>
+static void pack_blocks(const T* const* rows, int64_t K, int64_t first, int64_t last, T* out) {
+  constexpr int64_t MR = Block<T>::max_rows;
+  for (; first < last; first += MR)
+    for (int64_t k = 0; k < K; ++k, out += MR)
+      for (int64_t r = 0; r < MR; ++r) out[r] = first + r < last ? rows[k][first + r] : T(0);
+}

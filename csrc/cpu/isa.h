@@ -1,0 +1,42 @@
+// The body of every isa_*.cpp: the kernels of one instruction set, in a namespace of its own.
+//
+// FUSEDRNN_ISA_NAME names it, FUSEDRNN_ISA_TEST tells whether this processor runs it. No inline function of the standard
+// library may be called in here: the linker keeps one copy for all, perhaps one that other processors cannot run.
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "kernels.h"
+#include "memory.h"
+#include "team.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_ISA_NAME {
+#include "vec.h"
+// Each builds on the one before.
+#include "gemm.h"
+#include "recurrence.h"
+}  // namespace FUSEDRNN_ISA_NAME
+
+#define FUSEDRNN_STRING_(x) #x
+#define FUSEDRNN_STRING(x) FUSEDRNN_STRING_(x)
+#define FUSEDRNN_JOIN_(a, b) a##b
+#define FUSEDRNN_JOIN(a, b) FUSEDRNN_JOIN_(a, b)
+#define FUSEDRNN_CELLS(T)                                                                                       \
+  {{FUSEDRNN_ISA_NAME::forward<T, RnnTanh>, FUSEDRNN_ISA_NAME::backward<T, RnnTanh>},                            \
+   {FUSEDRNN_ISA_NAME::forward<T, RnnRelu>, FUSEDRNN_ISA_NAME::backward<T, RnnRelu>},                            \
+   {FUSEDRNN_ISA_NAME::forward<T, Lstm>, FUSEDRNN_ISA_NAME::backward<T, Lstm>},                                  \
+   {FUSEDRNN_ISA_NAME::forward<T, Gru>, FUSEDRNN_ISA_NAME::backward<T, Gru>}}
+
+extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {
+    FUSEDRNN_STRING(FUSEDRNN_ISA_NAME), [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); }, FUSEDRNN_CELLS(float),
+    FUSEDRNN_CELLS(double)};
+
+}  // namespace fusedrnn

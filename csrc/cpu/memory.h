@@ -1,0 +1,34 @@
+// Scratch memory of one call, allocated before its parallel region begins so that nothing in there can fail.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedrnn {
+
+// A block of 64-byte aligned memory. Throws std::bad_alloc.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
+// Hands out pieces of a block. Run over a null block first, the same sequence of requests yields the size to allocate.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  inline __attribute__((always_inline)) T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+}  // namespace fusedrnn

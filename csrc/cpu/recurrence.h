@@ -1,0 +1,766 @@
+// The time loops: forward and backward over a whole sequence, for any cell.
+//
+// Work is divided among threads in one of two ways (Plan). By rows: each thread takes some sequences of the batch
+// through all of time; no thread waits for another until the end. By units: each thread computes some hidden units of
+// every sequence, and all meet at a barrier after each step; for batches too small to be split.
+//
+// Time goes in chunks. Forward projects a chunk's inputs (x W_ih^T) just before its steps need them; backward turns a
+// chunk's gate gradients into gradients of weights and inputs just after its steps produced them, so that either is
+// still in the cache.
+
+// How a call is divided.
+struct Plan {
+  int threads;
+  bool by_rows;
+  int64_t rows;   // the most that one thread handles at a step
+  int64_t chunk;  // steps between meetings of recurrence and large products
+};
+
+template <class T>
+static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens) {
+  // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
+  const double step_work = 2.0 * (double)a.seq.B * (double)a.R * (double)(gates * a.H);
+  const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
+  Plan plan{threads, false, a.seq.B, 1};
+  if (work < 2e6) plan.threads = 1;
+  plan.by_rows = plan.threads > 1 && a.seq.B >= 4 * plan.threads;
+  if (!plan.by_rows && step_work < 3e4) plan.threads = 1;
+  if (plan.by_rows && !a.seq.sizes) plan.rows = ceil_div(a.seq.B, plan.threads);
+  plan.chunk = larger(2, smaller(a.seq.T, chunk_tokens / larger(1, plan.rows)));
+  return plan;
+}
+
+struct Range {
+  int64_t first, last;
+};
+
+// The rank-th of `size` even parts of n.
+static inline Range part(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
+
+// Sequences of the rank-th thread, so that all have about as many tokens.
+static inline Range rows_part(const Sequence& seq, int rank, int size) {
+  if (!seq.sizes) return part(seq.B, rank, size);
+  const auto boundary = [&](int part) {
+    const int64_t goal = seq.tokens() * part / size;
+    int64_t low = 0, high = seq.B;
+    while (low < high) {  // the smallest number of sequences that hold `goal` tokens
+      const int64_t middle = (low + high) / 2;
+      int64_t tokens = 0;
+      for (int64_t t = 0; t < seq.T; ++t) tokens += smaller(seq.sizes[t], middle);
+      if (tokens < goal) low = middle + 1;
+      else high = middle;
+    }
+    return part == size ? seq.B : low;
+  };
+  return {boundary(rank), boundary(rank + 1)};
+}
+
+// A thread's share of every division, and its own scratch.
+template <class T>
+struct Share {
+  Range rows, units, outputs;  // sequences; panels of hidden units; panels of the output h
+  T* sums;                     // products of a group of rows with one panel per gate
+  const T** left;              // rows to multiply
+  T** places;                  // where their products go
+};
+
+// Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.
+template <class T>
+constexpr int64_t group_rows = 4 * Block<T>::max_rows;
+
+template <class T, class Cell>
+class ForwardPass {
+  using S = Simd<T>;
+  using V = typename S::V;
+  static constexpr int G = Cell::gates, W = S::width, states = Cell::states;
+  static constexpr int64_t group = group_rows<T>;
+
+ public:
+  ForwardPass(const Forward<T>& args, int threads)
+      : a_(args), plan_(make_plan<T>(args, G, threads, 256)), state_width_(round_up(args.H, W)),
+        output_width_(round_up(args.R, W)) {
+    in_place_ = a_.saved && Cell::kept;
+    gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
+  }
+
+  void run() {
+    Arena measure{nullptr};
+    lay_out(measure);
+    const Workspace workspace(measure.used);
+    Arena arena{workspace.data()};
+    lay_out(arena);
+    run_team(plan_.threads, [](void* self, const Team& team) { static_cast<ForwardPass*>(self)->work(team); }, this);
+  }
+
+ private:
+  void lay_out(Arena& arena) {
+    const int64_t B = a_.seq.B;
+    int vectors = Block<T>::max_vectors;
+    // A panel is the least that a thread can take of the units.
+    while (!plan_.by_rows && vectors > 1 && ceil_div(a_.H, vectors * W) < 2 * plan_.threads && plan_.threads > 1) --vectors;
+    for (int g = 0; g < G; ++g) {
+      w_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
+      w_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      bias_x_[g] = arena.take<T>(state_width_);
+      bias_r_[g] = arena.take<T>(state_width_);
+    }
+    for (T*& h : h_) h = arena.take<T>(B * output_width_);
+    for (int s = 1; s < states; ++s) state_[s] = arena.take<T>(B * state_width_);
+    if (a_.projected) {
+      w_hr_ = {arena.take<T>(Panels<T>::size(a_.H, a_.R)), a_.H, a_.R, vectors};
+      state_[0] = arena.take<T>(B * state_width_);
+    }
+    if (!in_place_) gates_ = arena.take<T>(plan_.chunk * B * gates_width_);
+    sums_ = arena.take<T>(plan_.threads * sums_size());
+    left_ = arena.take<const T*>(plan_.threads * pointers());
+    places_ = arena.take<T*>(plan_.threads * pointers());
+  }
+
+  static constexpr int64_t sums_size() { return G * group * Block<T>::max_columns; }
+  int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
+
+  void work(const Team& team) {
+    Share<T> share{};
+    const bool by_rows = plan_.by_rows;
+    share.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
+    share.units = by_rows ? Range{0, w_hh_[0].count()} : part(w_hh_[0].count(), team.rank, team.size);
+    if (a_.projected) share.outputs = by_rows ? Range{0, w_hr_.count()} : part(w_hr_.count(), team.rank, team.size);
+    share.sums = sums_ + team.rank * sums_size();
+    share.left = left_ + team.rank * pointers();
+    share.places = places_ + team.rank * pointers();
+    for (int d = 0; d < a_.directions; ++d) {
+      prepare(d, team);
+      team.sync();
+      for (int64_t begin = 0; begin < a_.seq.T; begin += plan_.chunk) {
+        const int64_t end = smaller(a_.seq.T, begin + plan_.chunk);
+        project_inputs(d, share, begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+          step(d, share, begin, i);
+          if (a_.projected) {
+            if (!by_rows) team.sync();
+            project_output(d, share, i);
+          }
+          finish(d, share, i);
+          if (!by_rows) team.sync();
+        }
+      }
+      team.sync();
+    }
+  }
+
+  int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
+
+  // Packs weights, adds biases, copies initial states: a part each.
+  void prepare(int d, const Team& team) {
+    const Weights<const T>& w = a_.weights[d];
+    const int64_t H = a_.H, B = a_.seq.B, panels = w_hh_[0].count();
+    const Range mine = part(G * panels, team.rank, team.size);
+    for (int64_t item = mine.first; item < mine.last; ++item) {
+      const int64_t g = item / panels, p = item % panels;
+      pack_transposed(w_ih_[g], p, w.w_ih + g * H * a_.I);
+      pack_transposed(w_hh_[g], p, w.w_hh + g * H * a_.R);
+      for (int64_t j = w_hh_[g].first(p); j < w_hh_[g].last(p); ++j) {
+        const bool apart = Cell::input_slot[g] != Cell::recurrent_slot[g];
+        const T x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
+        bias_x_[g][j] = apart ? x : x + r;
+        bias_r_[g][j] = apart ? r : T(0);
+      }
+    }
+    if (a_.projected) {
+      const Range outputs = part(w_hr_.count(), team.rank, team.size);
+      for (int64_t p = outputs.first; p < outputs.last; ++p) pack_transposed(w_hr_, p, w.w_hr);
+    }
+    const Range rows = part(B, team.rank, team.size);
+    for (int64_t b = rows.first; b < rows.last; ++b)
+      for (int s = 0; s < states; ++s) {
+        const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
+        const T* initial = a_.hx[s] ? a_.hx[s] + (d * B + b) * width : nullptr;
+        for (int64_t j = 0; j < padded; ++j) {
+          const T value = initial && j < width ? initial[j] : T(0);
+          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
+          else state_[s][b * padded + j] = value;
+        }
+      }
+  }
+
+  // Where the input products of row b at order i, and later what backward needs, are kept.
+  T* gates_at(int d, int64_t begin, int64_t i, int64_t b) const {
+    if (!in_place_) return gates_ + ((i - begin) * a_.seq.B + b) * gates_width_;
+    return saved(d).kept + (a_.seq.start(time(d, i)) + b) * gates_width_;
+  }
+
+  Saved<T> saved(int d) const {
+    const int64_t tokens = a_.seq.tokens();
+    const int64_t each = saved_size(Cell::kept, states, tokens, a_.H, a_.R, a_.projected);
+    return saved_view(a_.saved + d * each, Cell::kept, states, tokens, a_.H);
+  }
+
+  // gates = x W_ih^T + bias for the rows and units of one thread, orders [begin, end).
+  void project_inputs(int d, const Share<T>& share, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t b = share.rows.first; b < smaller(share.rows.last, a_.seq.size(time(d, i))); ++b) {
+        share.left[count] = a_.input.at(a_.seq, time(d, i), b);
+        share.places[count++] = gates_at(d, begin, i, b);
+      }
+    for (int64_t p = share.units.first; p < share.units.last; ++p)
+      for (int g = 0; g < G; ++g) {
+        const Panels<T>& w = w_ih_[g];
+        const int64_t first = w.first(p), columns = w.last(p) - first, ldo = w.vectors_of(p) * W;
+        const int64_t place = (in_place_ ? Cell::input_slot[g] : g) * a_.H + first;
+        for (int64_t r = 0; r < count; r += group) {
+          const int64_t n = smaller(group, count - r);
+          multiply_panel(share.left + r, n, a_.I, w.panel(p), w.vectors_of(p), share.sums, ldo);
+          for (int64_t k = 0; k < n; ++k)
+            for (int64_t j = 0; j < columns; j += W)
+              S::store(share.places[r + k] + place + j, S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
+                       (int)smaller(W, columns - j));
+        }
+      }
+  }
+
+  // One time step for the rows and units of one thread.
+  void step(int d, const Share<T>& share, int64_t begin, int64_t i) {
+    const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
+    const T* h = h_[i & 1];
+    for (int64_t p = share.units.first; p < share.units.last; ++p) {
+      const int64_t first = w_hh_[0].first(p), last = w_hh_[0].last(p);
+      const int nv = w_hh_[0].vectors_of(p);
+      for (int64_t row = share.rows.first; row < last_row; row += group) {
+        const int64_t n = smaller(group, last_row - row), plane = group * nv * W;
+        for (int64_t k = 0; k < n; ++k) share.left[k] = h + (row + k) * output_width_;
+        for (int g = 0; g < G; ++g)
+          multiply_panel(share.left, n, a_.R, w_hh_[g].panel(p), nv, share.sums + g * plane, nv * W);
+        for (int64_t k = 0; k < n; ++k) {
+          const Destination to = destination(d, begin, i, t, row + k);
+          for (int64_t j = first; j < last; j += W)
+            gates(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j);
+        }
+      }
+    }
+  }
+
+  // Where one row's values of one step go; null what is not wanted.
+  struct Destination {
+    T *gates, *h, *output;
+    T* state[states];        // carried states but h
+    T* saved_state[states];  // for backward
+  };
+
+  Destination destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b) const {
+    Destination to{};
+    to.gates = gates_at(d, begin, i, b);
+    to.h = a_.projected ? state_[0] + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
+    if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+    for (int s = 1; s < states; ++s) to.state[s] = state_[s] + b * state_width_;
+    if (a_.saved)
+      for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
+    return to;
+  }
+
+  // The gates of units [j, j + W) of one row.
+  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const T* sums, int64_t plane, int64_t j) const {
+    const int n = (int)smaller(W, a_.H - j);
+    V x[G], r[G], prev[states], next[states], keep[Cell::kept ? Cell::kept : G];
+    for (int g = 0; g < G; ++g) {
+      x[g] = S::load(to.gates + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, n);
+      r[g] = S::load(sums + g * plane);
+      if (Cell::input_slot[g] != Cell::recurrent_slot[g]) r[g] += S::load(bias_r_[g] + j);
+    }
+    prev[0] = a_.projected ? V{} : S::load(h + j);
+    for (int s = 1; s < states; ++s) prev[s] = S::load(to.state[s] + j);
+    Cell::template forward<S>(x, r, prev, next, keep);
+    S::store(to.h + j, next[0]);
+    for (int s = 1; s < states; ++s) S::store(to.state[s] + j, next[s]);
+    if (to.output) S::store(to.output + j, next[0], n);
+    if (a_.saved) {
+      for (int k = 0; k < Cell::kept; ++k) S::store(to.gates + k * a_.H + j, keep[k], n);
+      for (int s = 0; s < states; ++s) S::store(to.saved_state[s] + j, next[s], n);
+    }
+  }
+
+  // h = W_hr (o tanh c) for the rows and outputs of one thread.
+  void project_output(int d, const Share<T>& share, int64_t i) {
+    const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
+    T* h = h_[(i + 1) & 1];
+    for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
+      const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
+      for (int64_t row = share.rows.first; row < last_row; row += group) {
+        const int64_t n = smaller(group, last_row - row);
+        for (int64_t k = 0; k < n; ++k) share.left[k] = state_[0] + (row + k) * state_width_;
+        multiply_panel(share.left, n, a_.H, w_hr_.panel(p), w_hr_.vectors_of(p), share.sums, ldo);
+        for (int64_t k = 0; k < n; ++k)
+          for (int64_t j = 0; j < columns; j += W) {
+            const V value = S::load(share.sums + k * ldo + j);
+            const int lanes = (int)smaller(W, columns - j);
+            const int64_t b = row + k;
+            S::store(h + b * output_width_ + first + j, value);
+            if (a_.output.data) S::store(a_.output.at(a_.seq, t, b) + d * a_.R + first + j, value, lanes);
+            if (a_.saved) S::store(saved(d).projected + (a_.seq.start(t) + b) * a_.R + first + j, value, lanes);
+          }
+      }
+    }
+  }
+
+  // Final states of the rows whose sequence ends with order i.
+  void finish(int d, const Share<T>& share, int64_t i) {
+    const int64_t active = a_.seq.size(time(d, i)), B = a_.seq.B;
+    const int64_t stay = i + 1 < a_.seq.T ? smaller(active, a_.seq.size(time(d, i + 1))) : 0;
+    for (int64_t b = larger(share.rows.first, stay); b < smaller(share.rows.last, active); ++b)
+      for (int s = 0; s < states; ++s) {
+        const T* from = s == 0 ? h_[(i + 1) & 1] + b * output_width_ : state_[s] + b * state_width_;
+        T* to = a_.final[s] + (d * B + b) * a_.state_width(s);
+        const bool outputs = s == 0 && a_.projected;
+        const Panels<T>& panels = outputs ? w_hr_ : w_hh_[0];
+        const Range mine = outputs ? share.outputs : share.units;
+        if (mine.first == mine.last) continue;
+        for (int64_t j = panels.first(mine.first); j < panels.last(mine.last - 1); ++j) to[j] = from[j];
+      }
+  }
+
+  const Forward<T>& a_;
+  const Plan plan_;
+  const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
+  bool in_place_;                             // input products lie where backward will find the gates
+  int64_t gates_width_;
+  Panels<T> w_ih_[G], w_hh_[G], w_hr_;
+  T *bias_x_[G], *bias_r_[G];
+  T* h_[2];           // h of the previous step and of this one, in turn
+  T* state_[states];  // the other states; [0] is what a projection projects
+  T *gates_, *sums_;
+  const T** left_;
+  T** places_;
+};
+
+template <class T, class Cell>
+class BackwardPass {
+  using S = Simd<T>;
+  using V = typename S::V;
+  static constexpr int G = Cell::gates, W = S::width, states = Cell::states, slots = Cell::slots;
+  static constexpr int64_t group = group_rows<T>, block = Block<T>::max_rows;
+
+ public:
+  BackwardPass(const Backward<T>& args, int threads)
+      : a_(args),
+        plan_(make_plan<T>(args, G, threads, 512)),
+        state_width_(round_up(args.H, W)),
+        output_width_(round_up(args.R, W)) {}
+
+  void run() {
+    Arena measure{nullptr};
+    lay_out(measure);
+    const Workspace workspace(measure.used);
+    Arena arena{workspace.data()};
+    lay_out(arena);
+    run_team(plan_.threads, [](void* self, const Team& team) { static_cast<BackwardPass*>(self)->work(team); }, this);
+  }
+
+ private:
+  // What one thread works on, and what it has to itself.
+  struct Own {
+    Range rows, units, outputs;  // sequences; panels of hidden units; panels of h (the units' unless projected)
+    T* sums;                     // products of a group of rows with a panel
+    const T** left;              // rows to multiply
+    // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
+    const T **x, **h_before, **unprojected, **d_slots, **d_h;
+    T** d_x;
+    T* panel;               // a panel of such rows
+    T* blocks;              // the gate gradients, packed for products over tokens
+    T* sum_slots;           // the gate gradients added up over tokens: the biases' gradients
+    Weights<T> sum_weights;  // where this thread adds up the weights' gradients; null what is not wanted
+  };
+
+  int64_t slots_width() const { return slots * a_.H; }
+  int64_t chunk_tokens() const { return plan_.chunk * plan_.rows; }
+  int64_t sums_size() const { return group * Block<T>::max_columns; }
+  // Products over tokens take this many at a time.
+  int64_t slice() const { return smaller(512, chunk_tokens()); }
+  int64_t blocks_size() const { return slice() * larger(slots * round_up(a_.H, block), round_up(a_.R, block)); }
+  int64_t weights_size() const { return G * a_.H * (a_.I + a_.R) + (a_.projected ? a_.R * a_.H : 0); }
+
+  void lay_out(Arena& arena) {
+    const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
+    int vectors = Block<T>::max_vectors;
+    while (!plan_.by_rows && threads > 1 && vectors > 1 && ceil_div(a_.H, vectors * W) < 2 * threads) --vectors;
+    w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors};
+    if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I};
+    if (a_.projected) {
+      w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
+    }
+    for (int s = 0; s < states; ++s) carry_[s] = arena.take<T>(B * (s == 0 ? output_width_ : state_width_));
+    d_slots_ = arena.take<T>(plan_.chunk * B * slots_width());
+    zeros_ = arena.take<T>(larger(state_width_, output_width_));
+    sums_ = arena.take<T>(threads * sums_size());
+    left_ = arena.take<const T*>(threads * group);
+    tokens_ = arena.take<const T*>(threads * 5 * tokens);
+    d_x_ = arena.take<T*>(threads * tokens);
+    panels_ = arena.take<T>(threads * slice() * Block<T>::max_columns);
+    blocks_ = arena.take<T>(threads * blocks_size());
+    sum_slots_ = arena.take<T>(threads * slots_width());
+    if (plan_.by_rows) private_ = arena.take<T>((threads - 1) * weights_size());
+  }
+
+  Own own(const Team& team) const {
+    const bool by_rows = plan_.by_rows;
+    const int64_t tokens = chunk_tokens(), rank = team.rank;
+    const auto panels = [&](const Panels<T>& w) {
+      return by_rows ? Range{0, w.count()} : part(w.count(), team.rank, team.size);
+    };
+    Own o{};
+    o.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
+    o.outputs = panels(w_hh_);
+    o.units = a_.projected ? panels(w_hr_) : o.outputs;
+    o.sums = sums_ + rank * sums_size();
+    o.left = left_ + rank * group;
+    const T** list = tokens_ + rank * 5 * tokens;
+    o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
+    o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
+    o.d_x = d_x_ + rank * tokens;
+    o.panel = panels_ + rank * slice() * Block<T>::max_columns;
+    o.blocks = blocks_ + rank * blocks_size();
+    o.sum_slots = sum_slots_ + rank * slots_width();
+    return o;
+  }
+
+  // By rows, every thread but the first adds up in memory of its own; by units, each has its own rows of the result.
+  Weights<T> sum_weights(int d, int rank) const {
+    const Weights<T>& wanted = a_.d_weights[d];
+    if (rank == 0 || !plan_.by_rows) return wanted;
+    T* mine = private_ + (rank - 1) * weights_size();
+    return {wanted.w_ih ? mine : nullptr, wanted.w_hh ? mine + G * a_.H * a_.I : nullptr, nullptr, nullptr,
+            wanted.w_hr ? mine + G * a_.H * (a_.I + a_.R) : nullptr};
+  }
+
+  void work(const Team& team) {
+    Own o = own(team);
+    const int64_t T_ = a_.seq.T;
+    for (int d = 0; d < a_.directions; ++d) {
+      prepare(d, team);
+      o.sum_weights = sum_weights(d, team.rank);
+      for (int64_t j = 0; j < slots_width(); ++j) o.sum_slots[j] = 0;
+      team.sync();
+      for (int64_t end = T_; end > 0; end -= plan_.chunk) {
+        const int64_t begin = larger(0, end - plan_.chunk);
+        for (int64_t i = end - 1; i >= begin; --i) step(d, o, i, team);
+        if (begin == 0) step(d, o, -1, team);
+        const int64_t tokens = list_tokens(d, o, begin, end);
+        for (int64_t token = 0; token == 0 || token < tokens; token += slice())
+          weight_gradients(d, o, token, smaller(slice(), tokens - token), token > 0 || end < T_);
+        if (a_.d_input.data) {
+          const Range mine = plan_.by_rows ? Range{0, tokens} : part(tokens, team.rank, team.size);
+          input_gradients(d, o, mine);
+        }
+        if (!plan_.by_rows) team.sync();
+      }
+      team.sync();
+      reduce(d, team);
+      team.sync();
+    }
+  }
+
+  int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
+  int64_t size(int d, int64_t i) const { return i < 0 || i >= a_.seq.T ? 0 : a_.seq.size(time(d, i)); }
+
+  void prepare(int d, const Team& team) {
+    const Weights<const T>& w = a_.weights[d];
+    pack_gates(w_hh_, w.w_hh, a_.R, Cell::recurrent_slot, slots - G, team);
+    if (a_.d_input.data) pack_gates(w_ih_, w.w_ih, a_.I, Cell::input_slot, 0, team);
+    if (a_.projected) {
+      const Range mine = part(w_hr_.count(), team.rank, team.size);
+      for (int64_t p = mine.first; p < mine.last; ++p)
+        for (int64_t r = 0; r < a_.R; ++r) pack_row(w_hr_, p, r, w.w_hr + r * a_.H);
+    }
+    const Range rows = part(a_.seq.B, team.rank, team.size);
+    for (int s = 0; s < states; ++s) {
+      const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
+      for (int64_t b = rows.first; b < rows.last; ++b)
+        for (int64_t j = 0; j < padded; ++j)
+          carry_[s][b * padded + j] = a_.d_final[s] && j < width ? a_.d_final[s][(d * a_.seq.B + b) * width + j] : T(0);
+    }
+    if (team.rank == 0)
+      for (int64_t j = 0; j < larger(state_width_, output_width_); ++j) zeros_[j] = 0;
+  }
+
+  // Packs w (G*H x columns) with its gates in the order of their slots.
+  void pack_gates(Panels<T>& packed, const T* w, int64_t columns, const int* slot, int first_slot, const Team& team) {
+    const Range mine = part(packed.count(), team.rank, team.size);
+    for (int64_t p = mine.first; p < mine.last; ++p)
+      for (int g = 0; g < G; ++g)
+        for (int64_t j = 0; j < a_.H; ++j)
+          pack_row(packed, p, (slot[g] - first_slot) * a_.H + j, w + (g * a_.H + j) * columns);
+  }
+
+  static void pack_row(Panels<T>& packed, int64_t p, int64_t k, const T* row) {
+    const int64_t first = packed.first(p);
+    pack_columns(&row, 1, first, packed.last(p) - first, packed.panel(p) + k * packed.vectors_of(p) * W);
+  }
+
+  // Rows of the chunk's ring of steps; the step after i is still there when step i needs it.
+  T* d_slots_at(int64_t i, int64_t b) const {
+    return d_slots_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * slots_width();
+  }
+  T* d_h_at(int64_t i, int64_t b) const {
+    return d_h_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * a_.R;
+  }
+
+  // Order i of the rows and units of one thread; order -1 leaves the gradients of the initial states.
+  void step(int d, const Own& o, int64_t i, const Team& team) {
+    const int64_t now = smaller(o.rows.last, size(d, i)), after = smaller(o.rows.last, size(d, i + 1));
+    const int64_t first = o.rows.first, both = larger(first, smaller(now, after));
+    // Gradients come to a row from the step after, except where its sequence ends here.
+    for (int64_t p = o.outputs.first; p < o.outputs.last; ++p) {
+      for_groups(first, both, [&](int64_t row, int64_t n) {
+        multiply_slots(o, p, i + 1, row, n);
+        output_gradients(d, o, p, i, row, n);
+      });
+      for_groups(both, now, [&](int64_t row, int64_t n) {
+        for (int64_t k = 0; k < n * w_hh_.vectors_of(p) * W; ++k) o.sums[k] = 0;
+        output_gradients(d, o, p, i, row, n);
+      });
+      for_groups(larger(first, now), after, [&](int64_t row, int64_t n) {
+        multiply_slots(o, p, i + 1, row, n);
+        initial_gradients(d, o, p, row, n);
+      });
+    }
+    for (int s = 1; s < states; ++s)
+      if (a_.d_hx[s])
+        for (int64_t p = o.units.first; p < o.units.last; ++p)
+          for (int64_t b = larger(first, now); b < after; ++b)
+            for (int64_t j = units().first(p); j < units().last(p); ++j)
+              a_.d_hx[s][(d * a_.seq.B + b) * a_.H + j] = carry_[s][b * state_width_ + j];
+    if (a_.projected) {
+      if (!plan_.by_rows) team.sync();
+      for (int64_t p = o.units.first; p < o.units.last; ++p)
+        for_groups(first, now, [&](int64_t row, int64_t n) {
+          for (int64_t k = 0; k < n; ++k) o.left[k] = d_h_at(i, row + k);
+          multiply_panel(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W);
+          gate_gradients(d, o, w_hr_, p, i, row, n);
+        });
+    }
+    if (!plan_.by_rows) team.sync();
+  }
+
+  const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
+
+  template <class F>
+  static void for_groups(int64_t first, int64_t last, F&& f) {
+    for (; first < last; first += group) f(first, smaller(group, last - first));
+  }
+
+  // sums = gradients of the recurrent products at order i, times W_hh.
+  void multiply_slots(const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
+    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, w_hh_.vectors_of(p) * W);
+  }
+
+  // Completes the gradient of h, and goes on to the gates unless the projection comes between.
+  void output_gradients(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+    const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t b = row + k;
+      const T* given = a_.d_output.data ? a_.d_output.at(a_.seq, time(d, i), b) + d * a_.R + first : nullptr;
+      T* carry = carry_[0] + b * output_width_ + first;
+      for (int64_t j = 0; j < columns; j += W) {
+        V sum = S::load(o.sums + k * ldo + j) + S::load(carry + j);
+        if (given) sum += S::load(given + j, (int)smaller(W, columns - j));
+        S::store(o.sums + k * ldo + j, sum);
+        if (a_.projected) {
+          S::store(d_h_at(i, b) + first + j, sum, (int)smaller(W, columns - j));
+          S::store(carry + j, V{});
+        }
+      }
+    }
+    if (!a_.projected) gate_gradients(d, o, w_hh_, p, i, row, n);
+  }
+
+  // Through the cell: sums hold the gradient of the units of one panel.
+  void gate_gradients(int d, const Own& o, const Panels<T>& panels, int64_t p, int64_t i, int64_t row, int64_t n) {
+    const int64_t first = panels.first(p), last = panels.last(p), ldo = panels.vectors_of(p) * W, H = a_.H;
+    const Saved<const T> saved = saved_of(d);
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t b = row + k, token = a_.seq.start(time(d, i)) + b;
+      const bool started = b < size(d, i - 1);  // else the state before is the initial one
+      const int64_t before = started ? a_.seq.start(time(d, i - 1)) + b : 0;
+      const T* prev_at[states];
+      for (int s = 0; s < states; ++s)
+        prev_at[s] = started ? saved.state[s] + before * H
+                     : a_.hx[s] ? a_.hx[s] + (d * a_.seq.B + b) * a_.state_width(s)
+                                : zeros_;
+      T* d_slots = d_slots_at(i, b);
+      for (int64_t j = first; j < last; j += W) {
+        const int lanes = (int)smaller(W, H - j);
+        V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
+        for (int s = 0; s < Cell::kept; ++s) keep[s] = S::load(saved.kept + (token * Cell::kept + s) * H + j, lanes);
+        for (int s = 0; s < states; ++s) {
+          // The h before a projection has no previous value; no cell that can be projected asks for one.
+          prev[s] = s == 0 && a_.projected ? V{} : S::load(prev_at[s] + j, lanes);
+          next[s] = S::load(saved.state[s] + token * H + j, lanes);
+        }
+        d_next[0] = S::load(o.sums + k * ldo + j - first);
+        for (int s = 1; s < states; ++s) d_next[s] = S::load(carry_[s] + b * state_width_ + j);
+        Cell::template backward<S>(keep, prev, next, d_next, d_prev, d_slot);
+        if (!a_.projected) S::store(carry_[0] + b * output_width_ + j, d_prev[0]);
+        for (int s = 1; s < states; ++s) S::store(carry_[s] + b * state_width_ + j, d_prev[s]);
+        for (int s = 0; s < slots; ++s) S::store(d_slots + s * H + j, d_slot[s], lanes);
+      }
+    }
+  }
+
+  void initial_gradients(int d, const Own& o, int64_t p, int64_t row, int64_t n) {
+    if (!a_.d_hx[0]) return;
+    const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
+    for (int64_t k = 0; k < n; ++k) {
+      T* to = a_.d_hx[0] + (d * a_.seq.B + row + k) * a_.R + first;
+      const T* carry = carry_[0] + (row + k) * output_width_ + first;
+      for (int64_t j = 0; j < columns; ++j) to[j] = o.sums[k * ldo + j] + carry[j];
+    }
+  }
+
+  Saved<const T> saved_of(int d) const {
+    const int64_t tokens = a_.seq.tokens();
+    const int64_t each = saved_size(Cell::kept, states, tokens, a_.H, a_.R, a_.projected);
+    return saved_view(a_.saved + d * each, Cell::kept, states, tokens, a_.H);
+  }
+
+  // Lists what the products over a chunk's tokens multiply; returns how many tokens.
+  int64_t list_tokens(int d, const Own& o, int64_t begin, int64_t end) {
+    const Saved<const T> saved = saved_of(d);
+    const T* h = a_.projected ? saved.projected : saved.state[0];
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t b = o.rows.first; b < smaller(o.rows.last, size(d, i)); ++b, ++count) {
+        o.x[count] = a_.input.at(a_.seq, time(d, i), b);
+        o.h_before[count] = b < size(d, i - 1) ? h + (a_.seq.start(time(d, i - 1)) + b) * a_.R
+                            : a_.hx[0]         ? a_.hx[0] + (d * a_.seq.B + b) * a_.R
+                                               : zeros_;
+        o.d_slots[count] = d_slots_at(i, b);
+        if (a_.d_input.data) o.d_x[count] = a_.d_input.at(a_.seq, time(d, i), b);
+        if (a_.projected) {
+          o.unprojected[count] = saved.state[0] + (a_.seq.start(time(d, i)) + b) * a_.H;
+          o.d_h[count] = d_h_at(i, b);
+        }
+      }
+    return count;
+  }
+
+  // d_input = or += gradients of the input products, times W_ih, for tokens [mine.first, mine.last) of the list.
+  void input_gradients(int d, const Own& o, Range mine) {
+    for (int64_t p = 0; p < w_ih_.count(); ++p) {
+      const int64_t first = w_ih_.first(p), columns = w_ih_.last(p) - first, ldo = w_ih_.vectors_of(p) * W;
+      for_groups(mine.first, mine.last, [&](int64_t token, int64_t n) {
+        multiply_panel(o.d_slots + token, n, G * a_.H, w_ih_.panel(p), w_ih_.vectors_of(p), o.sums, ldo);
+        for (int64_t k = 0; k < n; ++k)
+          for (int64_t j = 0; j < columns; j += W) {
+            T* to = o.d_x[token + k] + first + j;
+            const int lanes = (int)smaller(W, columns - j);
+            V sum = S::load(o.sums + k * ldo + j);
+            if (d > 0) sum += S::load(to, lanes);
+            S::store(to, sum, lanes);
+          }
+      });
+    }
+  }
+
+  // Gradients of weights and biases from n tokens of the list: sums of d_slots^T x, d_slots^T h, d_h^T (o tanh c).
+  void weight_gradients(int d, const Own& o, int64_t token, int64_t n, bool add) {
+    const Weights<T>& to = o.sum_weights;
+    const Weights<T>& wanted = a_.d_weights[d];
+    const Range columns = columns_of(units(), o.units), outputs = columns_of(w_hh_, o.outputs);
+    if (wanted.b_ih || wanted.b_hh)
+      for (int64_t k = 0; k < n; ++k)
+        for (int s = 0; s < slots; ++s)
+          for (int64_t j = columns.first; j < columns.last; ++j)
+            o.sum_slots[s * a_.H + j] += o.d_slots[token + k][s * a_.H + j];
+    if (to.w_ih || to.w_hh) {
+      const int64_t each = round_up(columns.last - columns.first, block) * n;
+      for (int s = 0; s < slots; ++s)
+        pack_blocks(o.d_slots + token, n, s * a_.H + columns.first, s * a_.H + columns.last, o.blocks + s * each);
+      if (to.w_ih) products(o, n, Cell::input_slot, G, each, columns, a_.H, o.x + token, a_.I, to.w_ih, add);
+      if (to.w_hh) products(o, n, Cell::recurrent_slot, G, each, columns, a_.H, o.h_before + token, a_.R, to.w_hh, add);
+    }
+    if (to.w_hr) {
+      static constexpr int only[] = {0};
+      pack_blocks(o.d_h + token, n, outputs.first, outputs.last, o.blocks);
+      products(o, n, only, 1, 0, outputs, a_.R, o.unprojected + token, a_.H, to.w_hr, add);
+    }
+  }
+
+  static Range columns_of(const Panels<T>& panels, Range mine) {
+    return mine.first < mine.last ? Range{panels.first(mine.first), panels.last(mine.last - 1)} : Range{0, 0};
+  }
+
+  // to[g * height + u][c] = or += sum over n tokens of column u of slot[g]'s blocks times rows[token][c].
+  void products(const Own& o, int64_t n, const int* slot, int gates, int64_t each, Range mine, int64_t height,
+                const T* const* rows, int64_t columns, T* to, bool add) {
+    for (int64_t c = 0; c < columns; c += Block<T>::max_columns) {
+      const int64_t width = smaller(Block<T>::max_columns, columns - c);
+      const int nv = (int)ceil_div(width, W);
+      pack_columns(rows, n, c, width, o.panel);
+      for (int g = 0; g < gates; ++g)
+        for (int64_t u = mine.first; u < mine.last; u += block) {
+          const int m = (int)smaller(block, mine.last - u);
+          const T* left = o.blocks + slot[g] * each + (u - mine.first) * n;
+          T* place = to + (g * height + u) * columns + c;
+          if (width == nv * W) {
+            with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, place, columns, add});
+            continue;
+          }
+          with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, o.sums, nv * W, false});
+          for (int k = 0; k < m; ++k)
+            for (int64_t j = 0; j < width; ++j)
+              place[k * columns + j] = o.sums[k * nv * W + j] + (add ? place[k * columns + j] : T(0));
+        }
+    }
+  }
+
+  // Adds up what the threads have gathered.
+  void reduce(int d, const Team& team) {
+    const Weights<T>& to = a_.d_weights[d];
+    if (plan_.by_rows)
+      for (int rank = 1; rank < team.size; ++rank) {
+        const Weights<T> from = sum_weights(d, rank);
+        add_part(to.w_ih, from.w_ih, G * a_.H * a_.I, team);
+        add_part(to.w_hh, from.w_hh, G * a_.H * a_.R, team);
+        add_part(to.w_hr, from.w_hr, a_.R * a_.H, team);
+      }
+    if (team.rank != 0) return;
+    for (int g = 0; g < G; ++g)
+      for (int64_t j = 0; j < a_.H; ++j) {
+        T input = 0, recurrent = 0;
+        for (int rank = 0; rank < team.size; ++rank) {
+          const T* sums = sum_slots_ + rank * slots_width();
+          input += sums[Cell::input_slot[g] * a_.H + j];
+          recurrent += sums[Cell::recurrent_slot[g] * a_.H + j];
+        }
+        if (to.b_ih) to.b_ih[g * a_.H + j] = input;
+        if (to.b_hh) to.b_hh[g * a_.H + j] = recurrent;
+      }
+  }
+
+  static void add_part(T* to, const T* from, int64_t count, const Team& team) {
+    if (!to) return;
+    const Range mine = part(count, team.rank, team.size);
+    for (int64_t k = mine.first; k < mine.last; ++k) to[k] += from[k];
+  }
+
+  const Backward<T>& a_;
+  const Plan plan_;
+  const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
+  Panels<T> w_ih_, w_hh_, w_hr_;
+  T* carry_[states];  // gradients that reach the states from the step after, except through the products
+  T *d_slots_, *d_h_; // rings of a chunk's steps: gradients of the slots, and of a projected h
+  T *zeros_, *sums_, *panels_, *blocks_, *sum_slots_, *private_;
+  const T **left_, **tokens_;
+  T** d_x_;
+};
+
+template <class T, class Cell>
+static void forward(const Forward<T>& args, int threads) {
+  ForwardPass<T, Cell>(args, threads).run();
+}
+
+template <class T, class Cell>
+static void backward(const Backward<T>& args, int threads) {
+  BackwardPass<T, Cell>(args, threads).run();
+}

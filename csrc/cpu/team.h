@@ -1,0 +1,34 @@
+// Threads: one parallel region per call, on the OpenMP runtime that torch has loaded, with a barrier of our own.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace fusedrnn {
+
+// A barrier that spins briefly and then yields: libgomp's own costs several times more, and one that only spins
+// stalls for a whole time slice whenever another process holds a core.
+class Barrier {
+ public:
+  void wait(int size);
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> generation_{0};
+};
+
+// One thread's place in the team that runs a region.
+struct Team {
+  int rank, size;
+  Barrier* barrier;
+  inline __attribute__((always_inline)) void sync() const {
+    if (size > 1) barrier->wait(size);
+  }
+};
+
+// Calls work(context, team) on up to `threads` threads at once and returns when all have returned. The team may be
+// smaller than asked for: inside another parallel region, in a forked child (whose inherited OpenMP runtime would
+// hang), or when no OpenMP runtime is loaded. `work` must not throw.
+void run_team(int threads, void (*work)(void* context, const Team& team), void* context);
+
+}  // namespace fusedrnn

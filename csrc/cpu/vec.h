@@ -1,0 +1,127 @@
+// A SIMD vector as wide as the instruction set of this translation unit, and the functions that gates need.
+//
+// Included once per instruction set inside that set's own namespace (see isa_*.cpp), so that no two sets share a
+// symbol. FUSEDRNN_VECTOR_BYTES may be set by a test to run a wider kernel's logic on a narrower machine.
+
+#ifndef FUSEDRNN_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define FUSEDRNN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FUSEDRNN_VECTOR_BYTES 32
+#else
+#define FUSEDRNN_VECTOR_BYTES 16
+#endif
+#endif
+
+#define FUSEDRNN_INLINE static inline __attribute__((always_inline))
+
+// Per type: the integers of its width, and the constants of its exponential.
+template <class T>
+struct Float;
+
+template <>
+struct Float<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23, bias = 127, terms = 7;
+  static constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, left in the low mantissa bits
+  static constexpr float lowest = -87.3f, highest = 88.3f;
+  static constexpr float log2e = 0x1.715476p+0f;
+  static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // the high part times any n is exact
+};
+
+template <>
+struct Float<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52, bias = 1023, terms = 13;
+  static constexpr double shift = 0x1.8p52;
+  static constexpr double lowest = -708.3, highest = 709.0;
+  static constexpr double log2e = 0x1.71547652b82fep+0;
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+};
+
+template <class T>
+struct Simd {
+  static constexpr int width = FUSEDRNN_VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  typedef typename Float<T>::Int Int;
+  typedef Int Bits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  using F = Float<T>;
+
+  FUSEDRNN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  FUSEDRNN_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // The first n lanes only; the others are zero and their memory is not touched.
+  FUSEDRNN_INLINE V load(const T* p, int n) {
+    if (n >= width) return load(p);
+    V v{};
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) v = (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+    if constexpr (sizeof(T) == 8) v = (V)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX2__) && FUSEDRNN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) v = (V)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
+    if constexpr (sizeof(T) == 8) v = (V)_mm256_maskload_pd(p, (__m256i)first_lanes(n));
+#else
+    for (int lane = 0; lane < n; ++lane) v[lane] = p[lane];
+#endif
+    return v;
+  }
+
+  FUSEDRNN_INLINE void store(T* p, V v, int n) {
+    if (n >= width) return store(p, v);
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__) && FUSEDRNN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
+    if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(p, (__m256i)first_lanes(n), (__m256d)v);
+#else
+    for (int lane = 0; lane < n; ++lane) p[lane] = v[lane];
+#endif
+  }
+
+  // 1 / (1 + e^-x): within 2.5 ulp.
+  FUSEDRNN_INLINE V sigmoid(V x) {
+    V scale;
+    const V p = exp_minus_one(clamp(-x), scale);
+    return 1 / (1 + (p * scale + scale));
+  }
+
+  // Through e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp.
+  FUSEDRNN_INLINE V tanh(V x) {
+    V scale;
+    const V y = x < 0 ? 2 * x : -2 * x;
+    const V p = exp_minus_one(clamp(y), scale);
+    const V e = p * scale + (scale - 1);
+    const V t = e / (e + 2);
+    return x < 0 ? t : -t;
+  }
+
+ private:
+  FUSEDRNN_INLINE Bits first_lanes(int n) {
+    Bits lanes;
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = lane;
+    return lanes < (Int)n;
+  }
+
+  // Comparisons with a NaN are false, so a NaN passes through.
+  FUSEDRNN_INLINE V clamp(V x) {
+    x = x < F::lowest ? V{} + F::lowest : x;
+    return x > F::highest ? V{} + F::highest : x;
+  }
+
+  // With x = n ln 2 + r, |r| <= ln 2 / 2: returns e^r - 1 by its Taylor series (truncated below a tenth of an ulp)
+  // and scale = 2^n, so that e^x = p * scale + scale.
+  FUSEDRNN_INLINE V exp_minus_one(V x, V& scale) {
+    const V shifted = x * F::log2e + F::shift;
+    const V n = shifted - F::shift;
+    scale = (V)(((Bits)shifted << F::mantissa) + ((Int)F::bias << F::mantissa));
+    const V r = (x - n * F::ln2_high) - n * F::ln2_low;
+    V series = V{} + T(1) / factorial(F::terms);
+#pragma GCC unroll 16
+    for (int k = F::terms - 1; k >= 2; --k) series = series * r + T(1) / factorial(k);
+    return series * (r * r) + r;
+  }
+
+  static constexpr T factorial(int n) { return n <= 1 ? T(1) : n * factorial(n - 1); }
+};
