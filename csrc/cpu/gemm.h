@@ -166,12 +166,19 @@ struct Panels {
 // Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k].
 template <class T>
 static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
-  const int64_t K = packed.K, first = packed.first(p), n = packed.last(p) - first;
-  const int64_t padded = packed.vectors_of(p) * Block<T>::width;
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const int64_t K = packed.K, first = packed.first(p), last = packed.last(p), stride = packed.vectors_of(p) * W;
   T* out = packed.panel(p);
-  for (int64_t c0 = 0; c0 < padded; c0 += 8)  // eight rows at a time share the cache lines they write
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t c = c0; c < smaller(c0 + 8, padded); ++c) out[k * padded + c] = c < n ? w[(first + c) * K + k] : T(0);
+  for (int64_t c = first; c < last; c += W, out += W)
+    for (int64_t k = 0; k < K; k += W) {
+      const int lanes = (int)smaller(W, K - k);
+      typename S::V block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = c + i < last ? S::load(w + (c + i) * K + k, lanes) : typename S::V{};
+      S::transpose(block);
+      for (int i = 0; i < lanes; ++i) S::store(out + (k + i) * stride, block[i]);
+    }
 }
 
 // out[k] = rows[k][first, first + columns) for k < n, filled with zeros up to whole vectors.

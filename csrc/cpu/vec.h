@@ -80,6 +80,17 @@ struct Simd {
 #endif
   }
 
+  // v[i][j] becomes v[j][i]: blocks of half the width are exchanged, then of a quarter, ...
+  template <int half = width / 2>
+  FUSEDRNN_INLINE void transpose(V (&v)[width]) {
+    if constexpr (half > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i)
+        if (!(i & half)) exchange<half>(v[i], v[i + half], std::make_integer_sequence<int, width>{});
+      transpose<half / 2>(v);
+    }
+  }
+
   // 1 / (1 + e^-x): within 2.5 ulp.
   FUSEDRNN_INLINE V sigmoid(V x) {
     V scale;
@@ -102,6 +113,13 @@ struct Simd {
     Bits lanes;
     for (int lane = 0; lane < width; ++lane) lanes[lane] = lane;
     return lanes < (Int)n;
+  }
+
+  template <int half, int... lane>
+  FUSEDRNN_INLINE void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
+    const V old = a;
+    a = __builtin_shufflevector(old, b, (lane & half ? width + lane - half : lane)...);
+    b = __builtin_shufflevector(old, b, (lane & half ? width + lane : lane + half)...);
   }
 
   // Comparisons with a NaN are false, so a NaN passes through.

@@ -1,12 +1,206 @@
-"""The Numba engine."""
+"""The Numba engine: serves the CPU where the compiled C++ module is missing.
+
+Here is what can be computed for the whole sequence at once; the time loops are in ``_numba_kernels``. That module
+imports Numba, which takes a noticeable part of a second, and so is itself imported at the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
+
+_COMPUTES_IN = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
 
 
 class NumbaEngine:
-    name = "numba"
-    traceable = False
+    name: ClassVar[str] = "numba"
+    traceable: ClassVar[bool] = False
 
-    def available(self):
-        return "not written"
+    def available(self) -> str | None:
+        return _why_not_installed()
 
-    def supports(self, call):
-        return "not written"
+    def supports(self, call: Call) -> str | None:
+        if not call.input.is_cpu:
+            return f"input is on {call.input.device}"
+        if call.input.dtype not in _COMPUTES_IN:
+            return f"no kernel for {call.input.dtype}"
+        if call.input.layout != torch.strided:
+            return f"no kernel for {call.input.layout} input"
+        return _why_not_importable()
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        return _COMPUTES_IN[dtype]
+
+    def describe(self, call: Call) -> str:
+        return f"Numba time loop on one thread, torch's matrix products around it on up to {torch.get_num_threads()}"
+
+    def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
+        from ._numba_kernels import KERNELS
+
+        call.check()
+        kernels = KERNELS[call.cell.name]
+        D, G, H, R = call.directions, len(call.cell.gates), call.hidden_size, call.output_size
+        with _plain_torch():
+            x, (sizes, starts) = _tokens(call.input), _steps(call)
+            tokens = len(x)
+            nothing = x.new_empty((0, 0))
+            output = x.new_empty((*call.input.shape[:-1], D * R)) if call.sequence else None
+            kept = x.new_empty((D, tokens if save else 1, kernels.keeps, H))
+            states = _states(call, call.hx)  # initial; the loops make them the final ones
+            h, c = _h_and_c(states)
+            for d in range(D):
+                w_ih, w_hh, b_ih, b_hh, w_hr = call.of_direction(d)
+                assert w_ih is not None
+                assert w_hh is not None
+                kernels.forward(
+                    d,
+                    sizes,
+                    starts,
+                    _array(linear(x, w_ih, b_ih).view(tokens, G, H)),
+                    _array(w_hh.t()),
+                    _array(x.new_zeros(G * H) if b_hh is None else b_hh),
+                    _array(nothing if w_hr is None else w_hr.t()),
+                    h[d],
+                    c[d],
+                    _array(x.new_empty((0, D, R)) if output is None else output.view(tokens, D, R)),
+                    _array(kept[d]),
+                    save,
+                )
+        return (output, *states), (kept,) if save else ()
+
+    def backward(
+        self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        from ._numba_kernels import KERNELS, one_step_earlier
+
+        kernels = KERNELS[call.cell.name]
+        D, G, H, R = call.directions, len(call.cell.gates), call.hidden_size, call.output_size
+        results: list[Tensor | None] = [None] * len(needs)
+        with _plain_torch():
+            x, (sizes, starts) = _tokens(call.input), _steps(call)
+            tokens = len(x)
+            nothing = x.new_empty((0, 0))
+            doutput = x.new_empty((0, D, R)) if grads[0] is None else grads[0].reshape(tokens, D, R)
+            initial = _states(call, call.hx)
+            dstates = _states(call, grads[1:])  # of the final states; the loops make them those of the initial ones
+            dh, dc = _h_and_c(dstates)
+            if needs[0]:
+                results[0] = dinput = x.new_zeros(call.input.shape)
+            for d in range(D):
+                w_ih, w_hh, _, _, w_hr = call.of_direction(d)
+                assert w_ih is not None
+                assert w_hh is not None
+                kept = saved[0][d]
+                before = one_step_earlier(d, sizes, starts, _array(kept[:, -1]), _array(initial[-1][d]))
+                ds = x.new_empty((tokens, G * H))
+                dx = ds if kernels.sums_gates else torch.empty_like(ds)
+                dh_projected = x.new_empty((0 if w_hr is None else tokens, R))
+                kernels.backward(
+                    d,
+                    sizes,
+                    starts,
+                    _array(kept),
+                    before,
+                    _array(w_hh),
+                    _array(nothing if w_hr is None else w_hr),
+                    _array(doutput),
+                    dh[d],
+                    dc[d],
+                    _array(dx.view(tokens, G, H)),
+                    _array(ds.view(tokens, G, H)),
+                    _array(dh_projected),
+                )
+
+                # What sums over tokens, or does not depend on other tokens, is left to large products.
+                if needs[0]:
+                    _tokens(dinput).addmm_(dx, w_ih)
+                first = len(call.hx) + 1 + d * WEIGHTS_PER_DIRECTION
+                need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs[first : first + WEIGHTS_PER_DIRECTION]
+                if need_w_ih:
+                    results[first] = dx.t() @ x
+                if need_w_hh or need_w_hr:
+                    hidden = kernels.hidden(kept)
+                if need_w_hh:
+                    h = hidden if w_hr is None else hidden @ w_hr.t()
+                    h_before = one_step_earlier(d, sizes, starts, _array(h), _array(initial[0][d]))
+                    results[first + 1] = ds.t() @ torch.from_numpy(h_before)
+                if need_b_ih:
+                    results[first + 2] = dx.sum(0)
+                if need_b_hh:
+                    results[first + 3] = ds.sum(0)
+                if need_w_hr:
+                    results[first + 4] = dh_projected.t() @ hidden
+            for k, dstate in enumerate(dstates, 1):
+                if needs[k]:
+                    results[k] = dstate
+        return results
+
+
+@cache
+def _why_not_installed() -> str | None:
+    return None if find_spec("numba") else "numba is not installed"
+
+
+@cache
+def _why_not_importable() -> str | None:
+    """An installed Numba may still refuse the NumPy beside it."""
+    try:
+        from . import _numba_kernels  # noqa: F401
+    except ImportError as error:
+        return f"numba does not import: {error}"
+    return None
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """No autograd, whose work this engine does, and no autocast, which would take the products to another dtype."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _tokens(input: Tensor) -> Tensor:
+    """(tokens, I), whether the input is packed or dense."""
+    return input if input.dim() == 2 else input.flatten(0, 1)
+
+
+def _steps(call: Call) -> tuple[NDArray[Any], NDArray[Any]]:
+    """For each step the number of active rows, in a dense batch always all of them, and the first row's token."""
+    given = call.batch_sizes
+    sizes = np.full(call.time, call.batch, dtype=np.int64) if given is None else _array(given)
+    return sizes, np.cumsum(sizes) - sizes
+
+
+def _states(call: Call, values: Sequence[Tensor | None]) -> list[Tensor]:
+    """For each state of the cell new memory (D, B, width) with the value in it, zeros for None."""
+    states = [call.input.new_zeros((call.directions, call.batch, width)) for width in call.widths()]
+    for state, value in zip(states, values, strict=True):
+        if value is not None:
+            state.copy_(value)
+    return states
+
+
+def _h_and_c(states: list[Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The memory of both states, without columns for a c that the cell does not have."""
+    h = states[0]
+    return _array(h), _array(states[1] if len(states) > 1 else h.new_empty((*h.shape[:2], 0)))
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The tensor as a C-contiguous array, which is its own memory, to be written to, if it is contiguous itself."""
+    return tensor.detach().contiguous().resolve_neg().numpy()  # type: ignore[no-any-return]
