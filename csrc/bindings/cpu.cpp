@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -33,6 +34,18 @@ int cell_index(const std::string& name) {
   throw std::invalid_argument("no cell is called " + name);
 }
 
+// Where a direction's five weights (w_ih, w_hh, b_ih, b_hh, w_hr) stand in a list; -1 for those it does without.
+struct Grouping {
+  int each = 5;
+  int place[5] = {0, 1, 2, 3, 4};
+  Grouping() = default;
+  Grouping(bool bias, bool projected)
+      : each(2 + (bias ? 2 : 0) + (projected ? 1 : 0)),
+        place{0, 1, bias ? 2 : -1, bias ? 3 : -1, projected ? each - 1 : -1} {}
+};
+
+enum class Layout { time_major, batch_first, one_step };
+
 // The arguments that forward and backward share, checked, of either precision.
 struct Arguments {
   int cell;
@@ -47,11 +60,13 @@ struct Arguments {
   TensorView weights[max_directions][5];
 
   Arguments(const std::string& name, py::handle input_, py::handle batch_sizes, const py::sequence& hx_,
-            const py::sequence& weights_)
+            const py::sequence& weights_, const Grouping& grouping = {}, Layout layout = Layout::time_major)
       : cell(cell_index(name)), input(view(input_)) {
     const CellFacts& facts = cell_facts[cell];
     const bool packed = !batch_sizes.is_none();
-    require(input.dims == (packed ? 2 : 3), "input has the wrong number of dimensions");
+    require(input.dims == (packed || layout == Layout::one_step ? 2 : 3), "input has the wrong number of dimensions");
+    if (layout == Layout::batch_first) swap_first_two(input);
+    if (layout == Layout::one_step) add_dimension(input);
     require(input.is_float(32) || input.is_float(64), "input is neither float32 nor float64");
     bits = input.bits;
     I = input.shape[input.dims - 1];
@@ -59,10 +74,13 @@ struct Arguments {
     if (packed) read_batch_sizes(batch_sizes);
     else seq.T = input.shape[0], seq.B = input.shape[1];
     require(seq.T > 0, "the sequence has no steps");
-    require(weights_.size() == 5 || weights_.size() == 10, "expected five weights per direction");
-    directions = static_cast<int>(weights_.size()) / 5;
+    const auto each = static_cast<size_t>(grouping.each);
+    require(weights_.size() == each || weights_.size() == 2 * each, "wrong number of weights");
+    directions = static_cast<int>(weights_.size() / each);
     for (int d = 0; d < directions; ++d)
-      for (int w = 0; w < 5; ++w) weights[d][w] = view(weights_[static_cast<size_t>(5 * d + w)]);
+      for (int w = 0; w < 5; ++w)
+        if (grouping.place[w] >= 0)
+          weights[d][w] = view(weights_[static_cast<size_t>(grouping.each * d + grouping.place[w])]);
     require(weights[0][1].dims == 2, "weight_hh is not a matrix");
     H = weights[0][1].shape[0] / facts.gates;
     R = weights[0][1].shape[1];
@@ -82,8 +100,25 @@ struct Arguments {
     require(hx_.size() == static_cast<size_t>(facts.states), "wrong number of initial states");
     for (int s = 0; s < facts.states; ++s) {
       hx[s] = view(hx_[static_cast<size_t>(s)]);
+      if (hx[s] && layout == Layout::one_step) {
+        require(hx[s].dims == 2, "initial state has the wrong number of dimensions");
+        add_dimension(hx[s]);
+      }
       if (hx[s]) check_state(hx[s], "initial state", s);
     }
+  }
+
+  static void swap_first_two(TensorView& v) {
+    std::swap(v.shape[0], v.shape[1]);
+    std::swap(v.stride[0], v.stride[1]);
+  }
+
+  // (B, n) as (1, B, n).
+  static void add_dimension(TensorView& v) {
+    for (int d = 2; d > 0; --d) v.shape[d] = v.shape[d - 1], v.stride[d] = v.stride[d - 1];
+    v.shape[0] = 1;
+    v.dims = 3;
+    v.stride[0] = v.shape[1] * v.stride[1];
   }
 
   int64_t state_width(int s) const { return s == 0 ? R : H; }
@@ -169,56 +204,108 @@ const Functions<T>& functions(int cell) {
   else return kernels().double_[cell];
 }
 
-py::tuple measure(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
-                  const py::sequence& weights) {
-  const Arguments a(cell, input, batch_sizes, hx, weights);
-  return py::make_tuple(a.seq.T, a.seq.B, a.seq.tokens(), a.H, a.R, a.saved_count());
-}
-
-void forward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
-             const py::sequence& weights, py::handle output, const py::sequence& final, py::handle saved,
-             int threads) {
-  const Arguments a(cell, input, batch_sizes, hx, weights);
-  const TensorView output_view = view(output), saved_view = view(saved);
-  if (output_view) a.check_tokens(output_view, "output", a.directions * a.R);
-  if (saved_view) a.check(saved_view, "saved", {a.saved_count()});
-  require(final.size() == static_cast<size_t>(cell_facts[a.cell].states), "wrong number of final states");
+// Runs a layer whose output, final states and saved values are views of memory that is ready to be written.
+void run_forward(const Arguments& a, const TensorView& output, const TensorView* final, const TensorView& saved,
+                 int threads) {
   with_type(a.bits, [&](auto zero) {
     using T = decltype(zero);
     Forward<T> args{};
     a.fill(args);
-    args.output = a.tokens<T>(output_view);
-    args.saved = static_cast<T*>(saved_view.data);
-    for (size_t s = 0; s < final.size(); ++s) {
-      const TensorView state = view(final[s]);
-      a.check_state(state, "final state", static_cast<int>(s));
-      args.final[s] = static_cast<T*>(state.data);
-    }
+    args.output = a.tokens<T>(output);
+    args.saved = static_cast<T*>(saved.data);
+    for (int s = 0; s < cell_facts[a.cell].states; ++s) args.final[s] = static_cast<T*>(final[s].data);
     const auto& kernel = functions<T>(a.cell);
     const py::gil_scoped_release release;
     kernel.forward(args, threads);
   });
 }
 
-void backward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
-              const py::sequence& weights, py::handle saved, const py::sequence& grads, const py::sequence& results,
-              int threads) {
+py::tuple forward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
+                  const py::sequence& weights, bool sequence, bool save, int threads) {
+  const Arguments a(cell, input, batch_sizes, hx, weights);
+  const int states = cell_facts[a.cell].states;
+  const int64_t width = a.directions * a.R;
+  NewTensor output{py::none(), {}}, saved{py::none(), {}};
+  if (sequence)
+    output = a.seq.sizes ? new_tensor({a.seq.tokens(), width}, a.bits) : new_tensor({a.seq.T, a.seq.B, width}, a.bits);
+  if (save) saved = new_tensor({a.saved_count()}, a.bits);
+  py::tuple result(static_cast<size_t>(2 + states));
+  TensorView final[max_states];
+  for (int s = 0; s < states; ++s) {
+    NewTensor state = new_tensor({a.directions, a.seq.B, a.state_width(s)}, a.bits);
+    final[s] = state.view;
+    result[static_cast<size_t>(1 + s)] = std::move(state.object);
+  }
+  run_forward(a, output.view, final, saved.view, threads);
+  result[0] = std::move(output.object);
+  result[static_cast<size_t>(1 + states)] = std::move(saved.object);
+  return result;
+}
+
+// The usual call without gradients, straight from a module: None where anything is out of the ordinary.
+py::object express(const std::string& cell, py::handle input, const py::sequence& hx, const py::sequence& weights,
+                   bool bias, bool projected, Layout layout, int threads) {
+  bool plain = is_plain(input);
+  for (const py::handle state : hx) plain = plain && is_plain(state);
+  for (const py::handle weight : weights) plain = plain && is_plain(weight);
+  if (!plain) return py::none();
+  try {
+    const Arguments a(cell, input, py::none(), hx, weights, Grouping(bias, projected), layout);
+    const bool one_step = layout == Layout::one_step;
+    const int states = cell_facts[a.cell].states;
+    const size_t first = one_step ? 0 : 1;
+    py::tuple result(first + static_cast<size_t>(states));
+    TensorView output, final[max_states];
+    if (!one_step) {
+      const bool batch_first = layout == Layout::batch_first;
+      const int64_t T = a.seq.T, B = a.seq.B, width = a.directions * a.R;
+      NewTensor made = new_tensor({batch_first ? B : T, batch_first ? T : B, width}, a.bits);
+      output = made.view;
+      if (batch_first) Arguments::swap_first_two(output);
+      result[0] = std::move(made.object);
+    }
+    for (int s = 0; s < states; ++s) {
+      const int64_t D = a.directions, B = a.seq.B, width = a.state_width(s);
+      NewTensor made = one_step ? new_tensor({B, width}, a.bits) : new_tensor({D, B, width}, a.bits);
+      final[s] = made.view;
+      result[first + static_cast<size_t>(s)] = std::move(made.object);
+    }
+    run_forward(a, output, final, {}, threads);
+    return result;
+  } catch (const std::invalid_argument&) {
+    return py::none();
+  }
+}
+
+py::tuple backward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
+                   const py::sequence& weights, py::handle saved, const py::sequence& grads, const py::sequence& needs,
+                   int threads) {
   const Arguments a(cell, input, batch_sizes, hx, weights);
   const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = weights.size();
   require(grads.size() == 1 + states, "wrong number of gradients");
-  require(results.size() == 1 + states + count, "wrong number of results");
-  const TensorView saved_view = view(saved), d_output = view(grads[0]), d_input = view(results[0]);
+  require(needs.size() == 1 + states + count, "wrong number of needs");
+  const TensorView saved_view = view(saved), d_output = view(grads[0]);
   a.check(saved_view, "saved", {a.saved_count()});
   if (d_output) a.check_tokens(d_output, "the gradient of the output", a.directions * a.R);
-  if (d_input) a.check_tokens(d_input, "the gradient of the input", a.I);
-  TensorView d_weights[max_directions][5];
-  for (size_t w = 0; w < count; ++w) {
-    TensorView& v = d_weights[w / 5][w % 5] = view(results[1 + states + w]);
-    const TensorView& like = a.weights[w / 5][w % 5];
-    if (v && like.dims == 1) a.check(v, "a weight's gradient", {like.shape[0]});
-    if (v && like.dims == 2) a.check(v, "a weight's gradient", {like.shape[0], like.shape[1]});
-    require(!v || like, "a gradient of a missing weight is asked for");
+  py::tuple result(needs.size());
+  // The gradient of the k-th tensor, shaped as it, if it exists and its gradient is needed.
+  const auto gradient = [&](size_t k, const TensorView& like) {
+    NewTensor made{py::none(), {}};
+    if (like && needs[k].cast<bool>())
+      made = like.dims == 1   ? new_tensor({like.shape[0]}, a.bits)
+             : like.dims == 2 ? new_tensor({like.shape[0], like.shape[1]}, a.bits)
+                              : new_tensor({like.shape[0], like.shape[1], like.shape[2]}, a.bits);
+    result[k] = std::move(made.object);
+    return made.view;
+  };
+  const TensorView d_input = gradient(0, a.input);
+  TensorView given[max_states], d_hx[max_states], d_weights[max_directions][5];
+  for (size_t s = 0; s < states; ++s) {
+    given[s] = view(grads[1 + s]);
+    if (given[s]) a.check_state(given[s], "the gradient of a final state", static_cast<int>(s));
+    d_hx[s] = gradient(1 + s, a.hx[s]);
   }
+  for (size_t w = 0; w < count; ++w) d_weights[w / 5][w % 5] = gradient(1 + states + w, a.weights[w / 5][w % 5]);
   with_type(a.bits, [&](auto zero) {
     using T = decltype(zero);
     Backward<T> args{};
@@ -227,17 +314,15 @@ void backward(const std::string& cell, py::handle input, py::handle batch_sizes,
     args.d_output = a.tokens<const T>(d_output);
     args.d_input = a.tokens<T>(d_input);
     for (size_t s = 0; s < states; ++s) {
-      const TensorView given = view(grads[1 + s]), wanted = view(results[1 + s]);
-      if (given) a.check_state(given, "the gradient of a final state", static_cast<int>(s));
-      if (wanted) a.check_state(wanted, "the gradient of an initial state", static_cast<int>(s));
-      args.d_final[s] = static_cast<const T*>(given.data);
-      args.d_hx[s] = static_cast<T*>(wanted.data);
+      args.d_final[s] = static_cast<const T*>(given[s].data);
+      args.d_hx[s] = static_cast<T*>(d_hx[s].data);
     }
     for (int d = 0; d < a.directions; ++d) args.d_weights[d] = Arguments::as_weights<T>(d_weights[d]);
     const auto& kernel = functions<T>(a.cell);
     const py::gil_scoped_release release;
     kernel.backward(args, threads);
   });
+  return result;
 }
 
 py::list isas() {
@@ -252,14 +337,20 @@ py::list isas() {
 PYBIND11_MODULE(_cpu, m) {
   using namespace fusedrnn;
   m.doc() = "Compiled CPU kernels. See csrc/cpu/layer.h for the contract and fusedrnn/engines/cpu.py for the use.";
-  m.def("measure", &measure, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
-        py::arg("weights"), "(T, B, tokens, H, R, values to save) of a call; ValueError if it breaks the contract.");
+  py::enum_<Layout>(m, "Layout", "How the input of `express` lies: (T, B, I), (B, T, I), or (B, I) of one step.")
+      .value("time_major", Layout::time_major)
+      .value("batch_first", Layout::batch_first)
+      .value("one_step", Layout::one_step);
   m.def("forward", &forward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
-        py::arg("weights"), py::arg("output"), py::arg("final"), py::arg("saved"), py::arg("threads"),
-        "Runs a layer; writes output (or None), final and saved (or None).");
+        py::arg("weights"), py::arg("sequence"), py::arg("save"), py::arg("threads"),
+        "Runs a layer: (output or None, *final states, saved or None). ValueError if the call breaks the contract.");
+  m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
+        py::arg("projected"), py::arg("layout"), py::arg("threads"),
+        "Runs a layer without gradients: (output, *final states), or (*states) of one step; None if anything about "
+        "the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
-        py::arg("weights"), py::arg("saved"), py::arg("grads"), py::arg("results"), py::arg("threads"),
-        "Gradients of a layer; writes those of `results` that are not None.");
+        py::arg("weights"), py::arg("saved"), py::arg("grads"), py::arg("needs"), py::arg("threads"),
+        "Gradients of input, hx and weights, None where not needed.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def("isas", &isas, "Names of the instruction sets that this machine runs, best first.");
   m.def(

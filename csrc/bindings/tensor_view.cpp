@@ -1,5 +1,7 @@
 #include "tensor_view.h"
 
+#include <algorithm>
+
 namespace py = pybind11;
 
 namespace fusedrnn {
@@ -32,7 +34,10 @@ struct ExchangeHeader {
 };
 struct Exchange {
   ExchangeHeader header;
-  void *managed_tensor_allocator, *managed_tensor_from_py_object, *managed_tensor_to_py_object;
+  int (*allocate)(Tensor* prototype, void** out, void* context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
+  void* managed_tensor_from_py_object;
+  int (*to_py_object)(void* managed, void** out);  // takes over the managed tensor
   int (*tensor_from_py_object)(void* object, Tensor* out);  // fills a borrowed view, no synchronisation
   void* current_work_stream;
 };
@@ -87,12 +92,50 @@ TensorView through_methods(py::handle tensor) {
   return result;
 }
 
+// Null where torch is too old to have one.
+const dlpack::Exchange* exchange() {
+  static const dlpack::Exchange* const found = find_exchange();
+  return found;
+}
+
+py::object allocate(const dlpack::Exchange& table, std::initializer_list<int64_t> shape, int bits) {
+  int64_t sizes[TensorView::max_dims];
+  std::copy(shape.begin(), shape.end(), sizes);
+  dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, static_cast<int32_t>(shape.size()),
+                           {dlpack::code_float, static_cast<uint8_t>(bits), 1}, sizes, nullptr, 0};
+  void *managed = nullptr, *object = nullptr;
+  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  if (table.allocate(&prototype, &managed, nullptr, set_error) != 0) throw py::error_already_set();
+  if (table.to_py_object(managed, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+py::object torch_empty(std::initializer_list<int64_t> shape, int bits) {
+  static const py::object torch = py::module_::import("torch");
+  py::list sizes;
+  for (const int64_t size : shape) sizes.append(size);
+  return torch.attr("empty")(sizes, py::arg("dtype") = torch.attr(bits == 32 ? "float32" : "float64"),
+                             py::arg("device") = "cpu");
+}
+
 }  // namespace
 
 TensorView view(py::handle tensor) {
   if (tensor.is_none()) return {};
-  static const dlpack::Exchange* exchange = find_exchange();
-  return exchange ? through_exchange(*exchange, tensor) : through_methods(tensor);
+  return exchange() ? through_exchange(*exchange(), tensor) : through_methods(tensor);
+}
+
+bool is_plain(py::handle object) {
+  static const py::object tensor = py::module_::import("torch").attr("Tensor");
+  static const py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
+  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  return object.is_none() || type == tensor.ptr() || type == parameter.ptr();
+}
+
+NewTensor new_tensor(std::initializer_list<int64_t> shape, int bits) {
+  NewTensor result{exchange() ? allocate(*exchange(), shape, bits) : torch_empty(shape, bits), {}};
+  result.view = view(result.object);
+  return result;
 }
 
 }  // namespace fusedrnn

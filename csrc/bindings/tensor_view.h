@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -35,5 +36,15 @@ struct TensorView {
 // Throws std::invalid_argument for tensors that are not on the CPU or have more than three dimensions.
 // None gives an empty view.
 TensorView view(pybind11::handle tensor);
+
+// Whether the object is a torch.Tensor or a Parameter and not of another subclass, or None.
+bool is_plain(pybind11::handle object);
+
+// A new contiguous torch.Tensor on the CPU, its values not set, and the view of it.
+struct NewTensor {
+  pybind11::object object;
+  TensorView view;
+};
+NewTensor new_tensor(std::initializer_list<int64_t> shape, int bits);
 
 }  // namespace fusedrnn

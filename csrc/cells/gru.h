@@ -1,5 +1,5 @@
 // GRU (Cho et al. 2014), the reset gate after the recurrent product as in cuDNN and torch, gates r z n:
-//   n = tanh(x_n + r r_n),  h = (1 - z) n + z h'
+//   n = tanh(x_n + r r_n),  h = (1.f - z) n + z h'
 // The recurrent product r_n of gate n has a gradient of its own, hence four slots: n, r, z, r_n.
 #pragma once
 
@@ -22,9 +22,9 @@ struct Gru {
   template <class M, class V = typename M::V>
   FUSEDRNN_CELL void backward(const V* keep, const V* prev, const V*, const V* dnext, V* dprev, V* d) {
     const V n = keep[0], r = keep[1], z = keep[2], rec_n = keep[3], dh = dnext[0];
-    d[0] = dh * (1 - z) * (1 - n * n);
-    d[1] = d[0] * rec_n * r * (1 - r);
-    d[2] = dh * (prev[0] - n) * z * (1 - z);
+    d[0] = dh * (1.f - z) * (1.f - n * n);
+    d[1] = d[0] * rec_n * r * (1.f - r);
+    d[2] = dh * (prev[0] - n) * z * (1.f - z);
     d[3] = d[0] * r;
     dprev[0] = dh * z;
   }

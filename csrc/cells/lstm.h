@@ -22,12 +22,12 @@ struct Lstm {
   template <class M, class V = typename M::V>
   FUSEDRNN_CELL void backward(const V* keep, const V* prev, const V* next, const V* dnext, V* dprev, V* d) {
     const V i = keep[0], f = keep[1], g = keep[2], o = keep[3], tanh_c = M::tanh(next[1]);
-    const V dc = dnext[1] + dnext[0] * o * (1 - tanh_c * tanh_c);
-    d[0] = dc * g * i * (1 - i);
-    d[1] = dc * prev[1] * f * (1 - f);
-    d[2] = dc * i * (1 - g * g);
-    d[3] = dnext[0] * tanh_c * o * (1 - o);
-    dprev[0] = V{};
+    const V dc = dnext[1] + dnext[0] * o * (1.f - tanh_c * tanh_c);
+    d[0] = dc * g * i * (1.f - i);
+    d[1] = dc * prev[1] * f * (1.f - f);
+    d[2] = dc * i * (1.f - g * g);
+    d[3] = dnext[0] * tanh_c * o * (1.f - o);
+    dprev[0] = M::zero();
     dprev[1] = dc * f;
   }
 };

@@ -16,8 +16,8 @@ struct RnnTanh {
 
   template <class M, class V = typename M::V>
   FUSEDRNN_CELL void backward(const V*, const V*, const V* next, const V* dnext, V* dprev, V* d) {
-    d[0] = dnext[0] * (1 - next[0] * next[0]);
-    dprev[0] = V{};
+    d[0] = dnext[0] * (1.f - next[0] * next[0]);
+    dprev[0] = M::zero();
   }
 };
 
@@ -27,14 +27,13 @@ struct RnnRelu {
 
   template <class M, class V = typename M::V>
   FUSEDRNN_CELL void forward(const V* x, const V* r, const V*, V* next, V*) {
-    const V sum = x[0] + r[0];
-    next[0] = sum < 0 ? V{} : sum;  // keeps a NaN
+    next[0] = M::relu(x[0] + r[0]);
   }
 
   template <class M, class V = typename M::V>
   FUSEDRNN_CELL void backward(const V*, const V*, const V* next, const V* dnext, V* dprev, V* d) {
-    d[0] = next[0] <= 0 ? V{} : dnext[0];
-    dprev[0] = V{};
+    d[0] = M::where_positive(next[0], dnext[0]);
+    dprev[0] = M::zero();
   }
 };
 

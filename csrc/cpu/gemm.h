@@ -4,14 +4,21 @@
 // micro-kernel reads it as one stream. The left-hand rows (inputs, hidden states, gate gradients) are read where they
 // lie, through an array of row pointers: packed, batch-first, reversed and time-major sequences cost the same.
 
-// Columns of a panel: NV vectors, at most `max_vectors`. Rows of a block: at most `max_rows`. Their product is what
-// fits in the registers: 12 of 16 accumulators with AVX2 and SSE, 24 of 32 with AVX-512.
+// A block of the result that the micro-kernel keeps in registers: MR rows by NV vectors of columns, MR * NV at most
+// `accumulators`, which leaves room for operands (16 registers with AVX2 and SSE2, 32 with AVX-512 and NEON).
 template <class T>
 struct Block {
   static constexpr int width = Simd<T>::width;
+  static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int max_rows = 6;
-  static constexpr int max_vectors = FUSEDRNN_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int max_vectors = 4;
   static constexpr int max_columns = max_vectors * width;
+  static constexpr int rows(int vectors) { return accumulators / vectors < max_rows ? accumulators / vectors : max_rows; }
+  static constexpr int usual_vectors = accumulators / max_rows;
+  // Vectors of a panel that serves few rows at a time: the fewer the rows, the more columns share each of their values.
+  static int vectors_for(int64_t rows) {
+    return rows >= max_rows ? usual_vectors : accumulators / rows < max_vectors ? (int)(accumulators / rows) : max_vectors;
+  }
 };
 
 // Left-hand side of the micro-kernel as rows: element (r, k) is rows[r][k].
@@ -83,14 +90,14 @@ static void transposed_tile(int64_t K, const T* block, const T* panel, T* out, i
   tile<T, MR, NV>(K, Transposed<T>{block}, panel, out, ldo, add);
 }
 
-// Calls f.template operator()<MR, NV>() for run-time MR and NV.
-template <class T, int MR = 1, int NV = 1, class F>
+// Calls f.template call<MR, NV>() for run-time MR and NV.
+template <class T, int NV = 1, int MR = 1, class F>
 FUSEDRNN_INLINE void with_block(int mr, int nv, F&& f) {
-  if constexpr (MR < Block<T>::max_rows) {
-    if (mr > MR) return with_block<T, MR + 1, NV>(mr, nv, f);
-  }
   if constexpr (NV < Block<T>::max_vectors) {
-    if (nv > NV) return with_block<T, MR, NV + 1>(mr, nv, f);
+    if (nv > NV) return with_block<T, NV + 1, MR>(mr, nv, f);
+  }
+  if constexpr (MR < Block<T>::rows(NV)) {
+    if (mr > MR) return with_block<T, NV, MR + 1>(mr, nv, f);
   }
   f.template call<MR, NV>();
 }
@@ -130,13 +137,13 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // K is cut so that a stretch of a panel (16 KB) stays in the first-level cache while the rows pass by.
 template <class T>
-constexpr int64_t k_stretch = 16384 / (Block<T>::max_columns * sizeof(T));
+static int64_t k_stretch(int nv) { return 16384 / (nv * FUSEDRNN_VECTOR_BYTES); }
 
 // out(n x nv vectors) = rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
 static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo) {
-  const int64_t blocks = ceil_div(n, Block<T>::max_rows);
-  const int64_t stretch = blocks > 1 ? k_stretch<T> : K;
+  const int64_t blocks = ceil_div(n, Block<T>::rows(nv));
+  const int64_t stretch = blocks > 1 ? k_stretch<T>(nv) : K;
   for (int64_t k = 0; k < K || k == 0; k += stretch)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
@@ -151,7 +158,7 @@ template <class T>
 struct Panels {
   T* data = nullptr;
   int64_t K = 0, columns = 0;
-  int vectors = Block<T>::max_vectors;  // of every panel but perhaps the last
+  int vectors = Block<T>::usual_vectors;  // of every panel but perhaps the last
 
   static int64_t size(int64_t K, int64_t columns) { return K * round_up(columns, Block<T>::width); }
   int64_t width() const { return (int64_t)vectors * Block<T>::width; }

@@ -30,6 +30,15 @@ static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_t
   return plan;
 }
 
+// Vectors of a recurrent panel. A panel is the least that a thread can take of the units.
+template <class T>
+static int panel_vectors(const Plan& plan, int64_t H) {
+  int vectors = Block<T>::vectors_for(larger(1, plan.rows));
+  if (!plan.by_rows && plan.threads > 1)
+    while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < 2 * plan.threads) --vectors;
+  return vectors;
+}
+
 struct Range {
   int64_t first, last;
 };
@@ -68,6 +77,15 @@ struct Share {
 template <class T>
 constexpr int64_t group_rows = 4 * Block<T>::max_rows;
 
+// Calls f(Math<T, N>, j, lanes) for columns [first, last), two vectors at a time as long as there are two; `lanes` of
+// the last vector exist.
+template <class T, class F>
+FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
+  constexpr int64_t W = Simd<T>::width;
+  for (; first + W < last; first += 2 * W) f(Math<T, 2>{}, first, (int)smaller(W, last - first - W));
+  if (first < last) f(Math<T, 1>{}, first, (int)(last - first));
+}
+
 template <class T, class Cell>
 class ForwardPass {
   using S = Simd<T>;
@@ -95,9 +113,7 @@ class ForwardPass {
  private:
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B;
-    int vectors = Block<T>::max_vectors;
-    // A panel is the least that a thread can take of the units.
-    while (!plan_.by_rows && vectors > 1 && ceil_div(a_.H, vectors * W) < 2 * plan_.threads && plan_.threads > 1) --vectors;
+    const int vectors = panel_vectors<T>(plan_, a_.H);
     for (int g = 0; g < G; ++g) {
       w_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
       w_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
@@ -233,8 +249,9 @@ class ForwardPass {
           multiply_panel(share.left, n, a_.R, w_hh_[g].panel(p), nv, share.sums + g * plane, nv * W);
         for (int64_t k = 0; k < n; ++k) {
           const Destination to = destination(d, begin, i, t, row + k);
-          for (int64_t j = first; j < last; j += W)
-            gates(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j);
+          for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) {
+            gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j, lanes);
+          });
         }
       }
     }
@@ -258,24 +275,25 @@ class ForwardPass {
     return to;
   }
 
-  // The gates of units [j, j + W) of one row.
-  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const T* sums, int64_t plane, int64_t j) const {
-    const int n = (int)smaller(W, a_.H - j);
-    V x[G], r[G], prev[states], next[states], keep[Cell::kept ? Cell::kept : G];
+  // The gates of units [j, j + M::width) of one row.
+  template <class M, class V = typename M::V>
+  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const T* sums, int64_t plane,
+                                                   int64_t j, int lanes) const {
+    V x[G], r[G], prev[states], next[states], keep[Cell::slots];
     for (int g = 0; g < G; ++g) {
-      x[g] = S::load(to.gates + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, n);
-      r[g] = S::load(sums + g * plane);
-      if (Cell::input_slot[g] != Cell::recurrent_slot[g]) r[g] += S::load(bias_r_[g] + j);
+      x[g] = M::load(to.gates + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, lanes);
+      r[g] = M::load(sums + g * plane);
+      if (Cell::input_slot[g] != Cell::recurrent_slot[g]) r[g] = r[g] + M::load(bias_r_[g] + j);
     }
-    prev[0] = a_.projected ? V{} : S::load(h + j);
-    for (int s = 1; s < states; ++s) prev[s] = S::load(to.state[s] + j);
-    Cell::template forward<S>(x, r, prev, next, keep);
-    S::store(to.h + j, next[0]);
-    for (int s = 1; s < states; ++s) S::store(to.state[s] + j, next[s]);
-    if (to.output) S::store(to.output + j, next[0], n);
+    prev[0] = a_.projected ? M::zero() : M::load(h + j);
+    for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
+    Cell::template forward<M>(x, r, prev, next, keep);
+    M::store(to.h + j, next[0]);
+    for (int s = 1; s < states; ++s) M::store(to.state[s] + j, next[s]);
+    if (to.output) M::store(to.output + j, next[0], lanes);
     if (a_.saved) {
-      for (int k = 0; k < Cell::kept; ++k) S::store(to.gates + k * a_.H + j, keep[k], n);
-      for (int s = 0; s < states; ++s) S::store(to.saved_state[s] + j, next[s], n);
+      for (int k = 0; k < Cell::kept; ++k) M::store(to.gates + k * a_.H + j, keep[k], lanes);
+      for (int s = 0; s < states; ++s) M::store(to.saved_state[s] + j, next[s], lanes);
     }
   }
 
@@ -338,6 +356,7 @@ class BackwardPass {
   using V = typename S::V;
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states, slots = Cell::slots;
   static constexpr int64_t group = group_rows<T>, block = Block<T>::max_rows;
+  static constexpr int64_t panel_columns = Block<T>::usual_vectors * W;
 
  public:
   BackwardPass(const Backward<T>& args, int threads)
@@ -380,8 +399,7 @@ class BackwardPass {
 
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
-    int vectors = Block<T>::max_vectors;
-    while (!plan_.by_rows && threads > 1 && vectors > 1 && ceil_div(a_.H, vectors * W) < 2 * threads) --vectors;
+    const int vectors = panel_vectors<T>(plan_, a_.H);
     w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors};
     if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I};
     if (a_.projected) {
@@ -395,7 +413,7 @@ class BackwardPass {
     left_ = arena.take<const T*>(threads * group);
     tokens_ = arena.take<const T*>(threads * 5 * tokens);
     d_x_ = arena.take<T*>(threads * tokens);
-    panels_ = arena.take<T>(threads * slice() * Block<T>::max_columns);
+    panels_ = arena.take<T>(threads * slice() * panel_columns);
     blocks_ = arena.take<T>(threads * blocks_size());
     sum_slots_ = arena.take<T>(threads * slots_width());
     if (plan_.by_rows) private_ = arena.take<T>((threads - 1) * weights_size());
@@ -417,7 +435,7 @@ class BackwardPass {
     o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
     o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
     o.d_x = d_x_ + rank * tokens;
-    o.panel = panels_ + rank * slice() * Block<T>::max_columns;
+    o.panel = panels_ + rank * slice() * panel_columns;
     o.blocks = blocks_ + rank * blocks_size();
     o.sum_slots = sum_slots_ + rank * slots_width();
     return o;
@@ -588,22 +606,22 @@ class BackwardPass {
                      : a_.hx[s] ? a_.hx[s] + (d * a_.seq.B + b) * a_.state_width(s)
                                 : zeros_;
       T* d_slots = d_slots_at(i, b);
-      for (int64_t j = first; j < last; j += W) {
-        const int lanes = (int)smaller(W, H - j);
-        V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
-        for (int s = 0; s < Cell::kept; ++s) keep[s] = S::load(saved.kept + (token * Cell::kept + s) * H + j, lanes);
+      for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
+        using M = decltype(math);
+        typename M::V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
+        for (int s = 0; s < Cell::kept; ++s) keep[s] = M::load(saved.kept + (token * Cell::kept + s) * H + j, lanes);
         for (int s = 0; s < states; ++s) {
           // The h before a projection has no previous value; no cell that can be projected asks for one.
-          prev[s] = s == 0 && a_.projected ? V{} : S::load(prev_at[s] + j, lanes);
-          next[s] = S::load(saved.state[s] + token * H + j, lanes);
+          prev[s] = s == 0 && a_.projected ? M::zero() : M::load(prev_at[s] + j, lanes);
+          next[s] = M::load(saved.state[s] + token * H + j, lanes);
         }
-        d_next[0] = S::load(o.sums + k * ldo + j - first);
-        for (int s = 1; s < states; ++s) d_next[s] = S::load(carry_[s] + b * state_width_ + j);
-        Cell::template backward<S>(keep, prev, next, d_next, d_prev, d_slot);
-        if (!a_.projected) S::store(carry_[0] + b * output_width_ + j, d_prev[0]);
-        for (int s = 1; s < states; ++s) S::store(carry_[s] + b * state_width_ + j, d_prev[s]);
-        for (int s = 0; s < slots; ++s) S::store(d_slots + s * H + j, d_slot[s], lanes);
-      }
+        d_next[0] = M::load(o.sums + k * ldo + j - first);
+        for (int s = 1; s < states; ++s) d_next[s] = M::load(carry_[s] + b * state_width_ + j);
+        Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
+        if (!a_.projected) M::store(carry_[0] + b * output_width_ + j, d_prev[0]);
+        for (int s = 1; s < states; ++s) M::store(carry_[s] + b * state_width_ + j, d_prev[s]);
+        for (int s = 0; s < slots; ++s) M::store(d_slots + s * H + j, d_slot[s], lanes);
+      });
     }
   }
 
@@ -693,8 +711,8 @@ class BackwardPass {
   // to[g * height + u][c] = or += sum over n tokens of column u of slot[g]'s blocks times rows[token][c].
   void products(const Own& o, int64_t n, const int* slot, int gates, int64_t each, Range mine, int64_t height,
                 const T* const* rows, int64_t columns, T* to, bool add) {
-    for (int64_t c = 0; c < columns; c += Block<T>::max_columns) {
-      const int64_t width = smaller(Block<T>::max_columns, columns - c);
+    for (int64_t c = 0; c < columns; c += panel_columns) {
+      const int64_t width = smaller(panel_columns, columns - c);
       const int nv = (int)ceil_div(width, W);
       pack_columns(rows, n, c, width, o.panel);
       for (int g = 0; g < gates; ++g)

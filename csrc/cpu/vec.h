@@ -14,6 +14,7 @@
 #endif
 
 #define FUSEDRNN_INLINE static inline __attribute__((always_inline))
+#define FUSEDRNN_FRIEND friend inline __attribute__((always_inline))
 
 // Per type: the integers of its width, and the constants of its exponential.
 template <class T>
@@ -24,7 +25,7 @@ struct Float<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127, terms = 7;
   static constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, left in the low mantissa bits
-  static constexpr float lowest = -87.3f, highest = 88.3f;
+  static constexpr float lowest = -87.3f, highest = 88.3f, beyond = 88.9f;
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // the high part times any n is exact
 };
@@ -34,7 +35,7 @@ struct Float<double> {
   using Int = int64_t;
   static constexpr int mantissa = 52, bias = 1023, terms = 13;
   static constexpr double shift = 0x1.8p52;
-  static constexpr double lowest = -708.3, highest = 709.0;
+  static constexpr double lowest = -708.3, highest = 709.0, beyond = 709.95;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
 };
@@ -91,23 +92,6 @@ struct Simd {
     }
   }
 
-  // 1 / (1 + e^-x): within 2.5 ulp.
-  FUSEDRNN_INLINE V sigmoid(V x) {
-    V scale;
-    const V p = exp_minus_one(clamp(-x), scale);
-    return 1 / (1 + (p * scale + scale));
-  }
-
-  // Through e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp.
-  FUSEDRNN_INLINE V tanh(V x) {
-    V scale;
-    const V y = x < 0 ? 2 * x : -2 * x;
-    const V p = exp_minus_one(clamp(y), scale);
-    const V e = p * scale + (scale - 1);
-    const V t = e / (e + 2);
-    return x < 0 ? t : -t;
-  }
-
  private:
   FUSEDRNN_INLINE Bits first_lanes(int n) {
     Bits lanes;
@@ -121,11 +105,101 @@ struct Simd {
     a = __builtin_shufflevector(old, b, (lane & half ? width + lane - half : lane)...);
     b = __builtin_shufflevector(old, b, (lane & half ? width + lane : lane + half)...);
   }
+};
 
-  // Comparisons with a NaN are false, so a NaN passes through.
+// Two vectors in step. Named members, not an array: the compiler keeps those in registers.
+template <class Raw, class T>
+struct Pair {
+  Raw first, second;
+  FUSEDRNN_FRIEND Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+  FUSEDRNN_FRIEND Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+  FUSEDRNN_FRIEND Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+  FUSEDRNN_FRIEND Pair operator/(Pair a, Pair b) { return {a.first / b.first, a.second / b.second}; }
+  FUSEDRNN_FRIEND Pair operator+(Pair a, T b) { return {a.first + b, a.second + b}; }
+  FUSEDRNN_FRIEND Pair operator-(Pair a, T b) { return {a.first - b, a.second - b}; }
+  FUSEDRNN_FRIEND Pair operator-(T a, Pair b) { return {a - b.first, a - b.second}; }
+  FUSEDRNN_FRIEND Pair operator*(Pair a, T b) { return {a.first * b, a.second * b}; }
+  FUSEDRNN_FRIEND Pair operator/(T a, Pair b) { return {a / b.first, a / b.second}; }
+};
+
+template <class T, int N>
+struct Vectors;
+
+template <class T>
+struct Vectors<T, 1> {
+  using S = Simd<T>;
+  using V = typename S::V;
+  template <class Op, class... Args>
+  FUSEDRNN_INLINE V map(Op op, Args... args) { return op(args...); }
+  FUSEDRNN_INLINE V load(const T* p) { return S::load(p); }
+  FUSEDRNN_INLINE V load(const T* p, int lanes) { return S::load(p, lanes); }
+  FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v); }
+  FUSEDRNN_INLINE void store(T* p, V v, int lanes) { S::store(p, v, lanes); }
+};
+
+template <class T>
+struct Vectors<T, 2> {
+  using S = Simd<T>;
+  using V = Pair<typename S::V, T>;
+  template <class Op, class... Args>
+  FUSEDRNN_INLINE V map(Op op, Args... args) { return {op(args.first...), op(args.second...)}; }
+  FUSEDRNN_INLINE V load(const T* p) { return {S::load(p), S::load(p + S::width)}; }
+  FUSEDRNN_INLINE V load(const T* p, int lanes) { return {S::load(p), S::load(p + S::width, lanes)}; }
+  FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v.first), S::store(p + S::width, v.second); }
+  FUSEDRNN_INLINE void store(T* p, V v, int lanes) { S::store(p, v.first), S::store(p + S::width, v.second, lanes); }
+};
+
+// What cells compute with: N vectors side by side; where `lanes` are given, only so many of the last vector exist. One
+// unit's gates are a chain of a hundred cycles that waits for its own results; with two vectors in step the processor
+// has something to do meanwhile.
+template <class T, int N>
+struct Math : Vectors<T, N> {
+  using F = Float<T>;
+  using Raw = typename Simd<T>::V;
+  using Bits = typename Simd<T>::Bits;
+  using Int = typename Simd<T>::Int;
+  using V = typename Vectors<T, N>::V;
+  using Vectors<T, N>::map;
+
+  FUSEDRNN_INLINE V zero() { return V{}; }
+
+  // max(x, 0), a NaN stays one.
+  FUSEDRNN_INLINE V relu(V x) {
+    return map([](Raw v) { return v < 0 ? Raw{} : v; }, x);
+  }
+
+  // x where `condition` is positive or NaN, else 0.
+  FUSEDRNN_INLINE V where_positive(V condition, V x) {
+    return map([](Raw c, Raw v) { return c <= 0 ? Raw{} : v; }, condition, x);
+  }
+
+  // 1 / (1 + e^-x): within 2.5 ulp.
+  FUSEDRNN_INLINE V sigmoid(V x) {
+    V scale;
+    const V p = exp_minus_one(clamp(T(0) - x), scale);
+    return T(1) / (p * scale + scale + T(1));
+  }
+
+  // Through e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp.
+  FUSEDRNN_INLINE V tanh(V x) {
+    V scale;
+    const V y = map([](Raw v) { return v < 0 ? 2 * v : -2 * v; }, x);
+    const V p = exp_minus_one(clamp(y), scale);
+    const V e = p * scale + (scale - T(1));
+    const V t = e / (e + T(2));
+    return map([](Raw v, Raw r) { return v < 0 ? r : -r; }, x, t);
+  }
+
+ private:
+  // Comparisons with a NaN are false, so a NaN passes through. What is too high becomes an argument whose e^x is
+  // infinite, so that sigmoid(-infinity) is zero.
   FUSEDRNN_INLINE V clamp(V x) {
-    x = x < F::lowest ? V{} + F::lowest : x;
-    return x > F::highest ? V{} + F::highest : x;
+    return map(
+        [](Raw v) {
+          v = v < F::lowest ? Raw{} + F::lowest : v;
+          return v > F::highest ? Raw{} + F::beyond : v;
+        },
+        x);
   }
 
   // With x = n ln 2 + r, |r| <= ln 2 / 2: returns e^r - 1 by its Taylor series (truncated below a tenth of an ulp)
@@ -133,9 +207,9 @@ struct Simd {
   FUSEDRNN_INLINE V exp_minus_one(V x, V& scale) {
     const V shifted = x * F::log2e + F::shift;
     const V n = shifted - F::shift;
-    scale = (V)(((Bits)shifted << F::mantissa) + ((Int)F::bias << F::mantissa));
+    scale = map([](Raw v) { return (Raw)(((Bits)v << F::mantissa) + ((Int)F::bias << F::mantissa)); }, shifted);
     const V r = (x - n * F::ln2_high) - n * F::ln2_low;
-    V series = V{} + T(1) / factorial(F::terms);
+    V series = zero() + T(1) / factorial(F::terms);
 #pragma GCC unroll 16
     for (int k = F::terms - 1; k >= 2; --k) series = series * r + T(1) / factorial(k);
     return series * (r * r) + r;

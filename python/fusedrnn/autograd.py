@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .engines import ENGINES, Choice, choose
 from .engines.base import Call, Engine, Outputs, Saved
+from .torch_state import why_not_plain
 
 #: While set, every call is reported to it: this is how ``explain`` listens.
 listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
@@ -36,6 +37,7 @@ def _forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
     compute = engine.computes_in(dtype)
     if compute == dtype:
         return engine.forward(call, save)
+    call.check()  # before conversion hides that dtypes differ
     outputs, saved = engine.forward(call.to(compute), save)
     return tuple(None if t is None else t.to(dtype) for t in outputs), saved
 
@@ -69,11 +71,29 @@ class _Layer(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
+        if why_not_plain(grads) is not None:  # several vectors at once: is_grads_batched, torch.func.vmap
+            result = _reference_gradient(ctx.template, tensors, grads, needs)
+        elif torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
             result = _LayerBackward.apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)
         else:
             result = _backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
         return None, None, *result
+
+
+def _reference_gradient(
+    template: Call, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of one layer by differentiating the reference engine; it is differentiable itself."""
+    with torch.enable_grad():
+        outputs, _ = ENGINES["reference"].forward(template.with_tensors(inputs), save=False)
+        given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+            )
+        )
+    return tuple(next(found) if need else None for need in needs)
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -98,15 +118,9 @@ class _LayerBackward(torch.autograd.Function):
             # Views, so that derivatives are taken with respect to this function's arguments only, not to
             # what one argument may owe another.
             variables = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            grads, inputs = variables[: ctx.outputs], variables[ctx.outputs :]
-            outputs, _ = ENGINES["reference"].forward(ctx.template.with_tensors(inputs), save=False)
-            wanted = [(t, s) for t, s, need in zip(inputs, second, ctx.needs, strict=True) if need]
-            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
-            first = torch.autograd.grad(
-                [o for o, _ in given], [t for t, _ in wanted], [g for _, g in given], create_graph=True, allow_unused=True
-            )
+        first = _reference_gradient(ctx.template, variables[ctx.outputs :], variables[: ctx.outputs], ctx.needs)
         pairs = [
-            (f, s) for f, (_, s) in zip(first, wanted, strict=True) if f is not None and s is not None and f.requires_grad
+            (f, s) for f, s in zip(first, second, strict=True) if f is not None and s is not None and f.requires_grad
         ]
         asked = [k for k, need in enumerate(ctx.needs_input_grad[4:]) if need]
         result: list[Tensor | None] = [None] * len(variables)

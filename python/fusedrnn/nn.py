@@ -47,11 +47,15 @@ class _Recurrent(torch.nn.RNNBase):
         """
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
+        states = self._states(cell, hx)
+        if self.num_layers == 1:
+            layout = "batch_first" if self.batch_first else "time_major"
+            quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
+            if quick is not None:
+                return quick[0], quick[1] if len(quick) == 2 else quick[1:]
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx, weights)
-        if not self._looks_right(cell, input, hx, weights):
-            self._check(cell, input, hx)
-        states = self._states(cell, hx)
+        self._check(cell, input, hx)
         output, last = functional.sequence(cell, input, states, weights, batch_first=self.batch_first, **self._options())
         return output, last[0] if len(last) == 1 else tuple(last)
 
@@ -69,21 +73,6 @@ class _Recurrent(torch.nn.RNNBase):
         if len(cell.states) == 1:
             return (hx,)
         return (None,) * len(cell.states) if hx is None else hx
-
-    def _looks_right(self, cell: Cell, input: Any, hx: Any, weights: list[Tensor]) -> bool:
-        """A quick look that never errs in saying yes, so that the usual call is spared torch.nn's slower checks."""
-        shape = input.shape
-        if len(shape) != 3 or shape[2] != self.input_size or input.dtype != weights[0].dtype:
-            return False
-        if hx is None:
-            return True
-        h = hx if len(cell.states) == 1 else hx[0]
-        directions = 2 if self.bidirectional else 1
-        batch = shape[0 if self.batch_first else 1]
-        expected = (self.num_layers * directions, batch, self.proj_size or self.hidden_size)
-        if len(cell.states) == 1:
-            return bool(h.shape == expected)
-        return len(hx) == 2 and bool(h.shape == expected and hx[1].shape == (*expected[:2], self.hidden_size))
 
     def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
         """Raise what torch.nn raises: its own checks, in its order."""

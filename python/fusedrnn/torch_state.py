@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_PLAIN_TYPES = (Tensor, Parameter)
+_PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why a kernel that reads memory by pointer may not run here, or None if it may.
+def unusual_mode() -> str | None:
+    """Why a kernel that reads memory by pointer may not run now on any tensor, or None if it may.
 
-    It may not inside torch.compile, torch.func transforms, forward-mode AD and dispatch modes (fake tensors),
-    nor on tensor subclasses: there the tensors have no memory, or more meaning than their memory.
+    Inside torch.compile, torch.func transforms, forward-mode differentiation and dispatch modes (fake tensors)
+    tensors may have no memory, or more meaning than their memory.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "torch is compiling or tracing"
@@ -28,9 +28,18 @@ def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
         return "inside forward-mode differentiation"
     if _dispatch_modes():
         return "inside a torch dispatch mode"
-    for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
-            return f"the tensor subclass {type(tensor).__name__}"
+    return None
+
+
+def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a kernel that reads memory by pointer may not run on these tensors now, or None if it may."""
+    unusual = unusual_mode()
+    if unusual is not None:
+        return unusual
+    tensors = tuple(tensors)
+    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        subclass = next(type(t) for t in tensors if type(t) not in _PLAIN_TYPES)
+        return f"the tensor subclass {subclass.__name__}"
     return None
 
 

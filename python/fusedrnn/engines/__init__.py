@@ -53,6 +53,11 @@ def engine(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_cpu_engine_likely() -> bool:
+    """Whether automatic choice is on, so that the compiled engine gets whatever it supports."""
+    return _forced.get(_default) == AUTO
+
+
 @dataclass
 class Choice:
     """Which engine serves a call, and why the ones before it did not."""

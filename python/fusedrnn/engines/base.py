@@ -184,7 +184,7 @@ class Engine(Protocol):
 
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Tensor | None]:
         """Gradients in the order of ``call.tensors()``, None where ``needs`` is false.
 
         ``grads`` are those of the outputs, None for zeros. ``saved`` may be used again: it is not changed.

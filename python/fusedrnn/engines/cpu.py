@@ -46,54 +46,26 @@ class CpuEngine:
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         assert _cpu is not None
-        input, D = _readable(call.input), call.directions
+        threads = torch.get_num_threads()
         try:
-            T, B, tokens, H, R, kept = _cpu.measure(call.cell.name, input, call.batch_sizes, call.hx, call.weights)
+            *outputs, saved = _cpu.forward(*_arguments(call), call.sequence, save, threads)
         except ValueError as error:
             call.check()
-            raise RuntimeError(str(error)) from None
-        dtype = input.dtype
-        output = None
-        if call.sequence:
-            output = torch.empty((T, B, D * R) if call.batch_sizes is None else (tokens, D * R), dtype=dtype)
-        final = [torch.empty((D, B, R), dtype=dtype)]
-        final += [torch.empty((D, B, H), dtype=dtype) for _ in call.cell.states[1:]]
-        saved = ()
-        if save:
-            saved = (torch.empty(kept, dtype=dtype),)
-        _cpu.forward(
-            call.cell.name,
-            input,
-            call.batch_sizes,
-            call.hx,
-            call.weights,
-            output,
-            final,
-            saved[0] if save else None,
-            torch.get_num_threads(),
-        )
-        return (output, *final), saved
+            try:
+                *outputs, saved = _cpu.forward(*_arguments(_contiguous(call)), call.sequence, save, threads)
+            except ValueError:
+                raise RuntimeError(str(error)) from None
+        return tuple(outputs), (saved,) if save else ()
 
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         assert _cpu is not None
-        results = [
-            torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
-            for t, need in zip(call.tensors(), needs, strict=True)
-        ]
-        _cpu.backward(
-            call.cell.name,
-            _readable(call.input),
-            call.batch_sizes,
-            call.hx,
-            call.weights,
-            saved[0],
-            [None if g is None else g.contiguous() for g in grads],
-            results,
-            torch.get_num_threads(),
-        )
-        return results
+        rest = saved[0], [None if g is None else g.contiguous() for g in grads], needs, torch.get_num_threads()
+        try:
+            return _cpu.backward(*_arguments(call), *rest)  # type: ignore[no-any-return]
+        except ValueError:
+            return _cpu.backward(*_arguments(_contiguous(call)), *rest)  # type: ignore[no-any-return]
 
 
 _COMPUTES_IN = {
@@ -104,6 +76,41 @@ _COMPUTES_IN = {
 }
 
 
-def _readable(input: Tensor) -> Tensor:
-    """The kernels take any strides along time and batch, but features side by side."""
-    return input if input.stride(-1) == 1 or input.shape[-1] <= 1 else input.contiguous()
+def _arguments(call: Call) -> tuple[object, ...]:
+    return call.cell.name, call.input, call.batch_sizes, call.hx, call.weights
+
+
+def _contiguous(call: Call) -> Call:
+    """The kernels want weights and states contiguous, and the input's features side by side."""
+    return call.with_tensors([None if t is None else t.contiguous() for t in call.tensors()])
+
+
+def express(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    bias: bool,
+    projected: bool,
+    layout: str,
+) -> tuple[Tensor, ...] | None:
+    """The usual one-layer call without gradients in a single step; None if anything about it is out of the ordinary.
+
+    Args:
+        cell: the cell's name.
+        input: (T, B, I), (B, T, I) or (B, I), as ``layout`` says.
+        hx: for each state (D, B, width), of one step (B, width), or None.
+        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr.
+        layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
+
+    Returns:
+        (output, *final states); of one step (*states).
+    """
+    if _cpu is None:
+        return None
+    return _cpu.express(  # type: ignore[no-any-return]
+        cell, input, hx, weights, bias, projected, _LAYOUTS[layout], torch.get_num_threads()
+    )
+
+
+_LAYOUTS = {} if _cpu is None else {name: getattr(_cpu.Layout, name) for name in ("time_major", "batch_first", "one_step")}
