@@ -28,16 +28,23 @@ struct Tensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
+struct ManagedTensor {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  Tensor tensor;
+};
 struct ExchangeHeader {
   Version version;
   ExchangeHeader* previous;
 };
 struct Exchange {
   ExchangeHeader header;
-  int (*allocate)(Tensor* prototype, void** out, void* context,
+  int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context,
                   void (*set_error)(void* context, const char* kind, const char* message));
   void* managed_tensor_from_py_object;
-  int (*to_py_object)(void* managed, void** out);  // takes over the managed tensor
+  int (*to_py_object)(ManagedTensor* managed, void** out);  // takes over the managed tensor
   int (*tensor_from_py_object)(void* object, Tensor* out);  // fills a borrowed view, no synchronisation
   void* current_work_stream;
 };
@@ -98,16 +105,25 @@ const dlpack::Exchange* exchange() {
   return found;
 }
 
-py::object allocate(const dlpack::Exchange& table, std::initializer_list<int64_t> shape, int bits) {
-  int64_t sizes[TensorView::max_dims];
-  std::copy(shape.begin(), shape.end(), sizes);
-  dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, static_cast<int32_t>(shape.size()),
-                           {dlpack::code_float, static_cast<uint8_t>(bits), 1}, sizes, nullptr, 0};
-  void *managed = nullptr, *object = nullptr;
+NewTensor through_exchange(const dlpack::Exchange& table, std::initializer_list<int64_t> shape, int bits) {
+  NewTensor result;
+  TensorView& v = result.view;
+  v.dims = static_cast<int>(shape.size());
+  v.kind = 'f';
+  v.bits = bits;
+  std::copy(shape.begin(), shape.end(), v.shape);
+  int64_t stride = 1;
+  for (int d = v.dims - 1; d >= 0; --d) v.stride[d] = stride, stride *= v.shape[d];
+  dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, v.dims, {dlpack::code_float, static_cast<uint8_t>(bits), 1},
+                           v.shape, nullptr, 0};
   const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  dlpack::ManagedTensor* managed = nullptr;
   if (table.allocate(&prototype, &managed, nullptr, set_error) != 0) throw py::error_already_set();
+  v.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  void* object = nullptr;
   if (table.to_py_object(managed, &object) != 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  result.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  return result;
 }
 
 py::object torch_empty(std::initializer_list<int64_t> shape, int bits) {
@@ -133,7 +149,8 @@ bool is_plain(py::handle object) {
 }
 
 NewTensor new_tensor(std::initializer_list<int64_t> shape, int bits) {
-  NewTensor result{exchange() ? allocate(*exchange(), shape, bits) : torch_empty(shape, bits), {}};
+  if (exchange()) return through_exchange(*exchange(), shape, bits);
+  NewTensor result{torch_empty(shape, bits), {}};
   result.view = view(result.object);
   return result;
 }

@@ -188,6 +188,30 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
     }
 }
 
+// out(n x columns [first, last), row stride ldo, filled up to whole vectors) = rows(n x K) * transpose of w (row stride
+// K). For products that are too few to pay for packing w: a vector of columns at a time, each a dot product.
+template <class T>
+static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const T* w, int64_t first, int64_t last,
+                              T* out, int64_t ldo) {
+  using S = Simd<T>;
+  using V = typename S::V;
+  constexpr int W = S::width;
+  for (int64_t c = first; c < last; c += W)
+    for (int64_t r = 0; r < n; ++r) {
+      V sum[W] = {};
+      for (int64_t k = 0; k < K; k += W) {
+        const int lanes = (int)smaller(W, K - k);
+        const V value = S::load(rows[r] + k, lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) sum[i] += value * S::load(w + smaller(c + i, last - 1) * K + k, lanes);
+      }
+      S::transpose(sum);
+#pragma GCC unroll 16
+      for (int i = 1; i < W; ++i) sum[0] += sum[i];
+      S::store(out + r * ldo + c - first, sum[0]);
+    }
+}
+
 // out[k] = rows[k][first, first + columns) for k < n, filled with zeros up to whole vectors.
 template <class T>
 static void pack_columns(const T* const* rows, int64_t n, int64_t first, int64_t columns, T* out) {

@@ -98,6 +98,8 @@ class ForwardPass {
       : a_(args), plan_(make_plan<T>(args, G, threads, 256)), state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)) {
     in_place_ = a_.saved && Cell::kept;
+    // Packing a weight costs about as much as eight uses of it unpacked.
+    packs_ = a_.seq.tokens() > 8;
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
   }
 
@@ -114,16 +116,19 @@ class ForwardPass {
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B;
     const int vectors = panel_vectors<T>(plan_, a_.H);
+    const auto panels = [&](int64_t K, int64_t columns) {
+      return Panels<T>{packs_ ? arena.take<T>(Panels<T>::size(K, columns)) : nullptr, K, columns, vectors};
+    };
     for (int g = 0; g < G; ++g) {
-      w_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
-      w_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      w_ih_[g] = panels(a_.I, a_.H);
+      w_hh_[g] = panels(a_.R, a_.H);
       bias_x_[g] = arena.take<T>(state_width_);
       bias_r_[g] = arena.take<T>(state_width_);
     }
     for (T*& h : h_) h = arena.take<T>(B * output_width_);
     for (int s = 1; s < states; ++s) state_[s] = arena.take<T>(B * state_width_);
     if (a_.projected) {
-      w_hr_ = {arena.take<T>(Panels<T>::size(a_.H, a_.R)), a_.H, a_.R, vectors};
+      w_hr_ = panels(a_.H, a_.R);
       state_[0] = arena.take<T>(B * state_width_);
     }
     if (!in_place_) gates_ = arena.take<T>(plan_.chunk * B * gates_width_);
@@ -166,6 +171,13 @@ class ForwardPass {
 
   int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
 
+  // out = n rows times panel p of w, whose unpacked origin is given too.
+  void multiply(const T* const* rows, int64_t n, const Panels<T>& w, int64_t p, const T* unpacked, T* out) const {
+    const int nv = w.vectors_of(p);
+    if (packs_) multiply_panel(rows, n, w.K, w.panel(p), nv, out, nv * W);
+    else multiply_unpacked(rows, n, w.K, unpacked, w.first(p), w.last(p), out, nv * W);
+  }
+
   // Packs weights, adds biases, copies initial states: a part each.
   void prepare(int d, const Team& team) {
     const Weights<const T>& w = a_.weights[d];
@@ -173,8 +185,10 @@ class ForwardPass {
     const Range mine = part(G * panels, team.rank, team.size);
     for (int64_t item = mine.first; item < mine.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      pack_transposed(w_ih_[g], p, w.w_ih + g * H * a_.I);
-      pack_transposed(w_hh_[g], p, w.w_hh + g * H * a_.R);
+      if (packs_) {
+        pack_transposed(w_ih_[g], p, w.w_ih + g * H * a_.I);
+        pack_transposed(w_hh_[g], p, w.w_hh + g * H * a_.R);
+      }
       for (int64_t j = w_hh_[g].first(p); j < w_hh_[g].last(p); ++j) {
         const bool apart = Cell::input_slot[g] != Cell::recurrent_slot[g];
         const T x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
@@ -182,7 +196,7 @@ class ForwardPass {
         bias_r_[g][j] = apart ? r : T(0);
       }
     }
-    if (a_.projected) {
+    if (a_.projected && packs_) {
       const Range outputs = part(w_hr_.count(), team.rank, team.size);
       for (int64_t p = outputs.first; p < outputs.last; ++p) pack_transposed(w_hr_, p, w.w_hr);
     }
@@ -226,7 +240,7 @@ class ForwardPass {
         const int64_t place = (in_place_ ? Cell::input_slot[g] : g) * a_.H + first;
         for (int64_t r = 0; r < count; r += group) {
           const int64_t n = smaller(group, count - r);
-          multiply_panel(share.left + r, n, a_.I, w.panel(p), w.vectors_of(p), share.sums, ldo);
+          multiply(share.left + r, n, w, p, a_.weights[d].w_ih + g * a_.H * a_.I, share.sums);
           for (int64_t k = 0; k < n; ++k)
             for (int64_t j = 0; j < columns; j += W)
               S::store(share.places[r + k] + place + j, S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
@@ -246,7 +260,7 @@ class ForwardPass {
         const int64_t n = smaller(group, last_row - row), plane = group * nv * W;
         for (int64_t k = 0; k < n; ++k) share.left[k] = h + (row + k) * output_width_;
         for (int g = 0; g < G; ++g)
-          multiply_panel(share.left, n, a_.R, w_hh_[g].panel(p), nv, share.sums + g * plane, nv * W);
+          multiply(share.left, n, w_hh_[g], p, a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + g * plane);
         for (int64_t k = 0; k < n; ++k) {
           const Destination to = destination(d, begin, i, t, row + k);
           for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) {
@@ -306,7 +320,7 @@ class ForwardPass {
       for (int64_t row = share.rows.first; row < last_row; row += group) {
         const int64_t n = smaller(group, last_row - row);
         for (int64_t k = 0; k < n; ++k) share.left[k] = state_[0] + (row + k) * state_width_;
-        multiply_panel(share.left, n, a_.H, w_hr_.panel(p), w_hr_.vectors_of(p), share.sums, ldo);
+        multiply(share.left, n, w_hr_, p, a_.weights[d].w_hr, share.sums);
         for (int64_t k = 0; k < n; ++k)
           for (int64_t j = 0; j < columns; j += W) {
             const V value = S::load(share.sums + k * ldo + j);
@@ -340,6 +354,7 @@ class ForwardPass {
   const Plan plan_;
   const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
   bool in_place_;                             // input products lie where backward will find the gates
+  bool packs_;                                // weights are packed; else read where they lie
   int64_t gates_width_;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_;
   T *bias_x_[G], *bias_r_[G];

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def unusual_mode() -> str | None:
@@ -20,7 +21,7 @@ def unusual_mode() -> str | None:
     Inside torch.compile, torch.func transforms, forward-mode differentiation and dispatch modes (fake tensors)
     tensors may have no memory, or more meaning than their memory.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _tracing_state() is not None:
         return "torch is compiling or tracing"
     if _functorch_level() is not None:
         return "inside a torch.func transform"
