@@ -74,8 +74,19 @@ struct Share {
 };
 
 // Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.
+constexpr int64_t group_blocks = 4;
 template <class T>
-constexpr int64_t group_rows = 4 * Block<T>::max_rows;
+constexpr int64_t group_rows = group_blocks * Block<T>::max_rows;
+
+// Calls f(row, n) for groups of rows [first, last): as few blocks of the micro-kernel as possible, of even size.
+template <class T, class F>
+FUSEDRNN_INLINE void for_groups(int64_t first, int64_t last, F&& f) {
+  const int64_t n = last - first, blocks = ceil_div(n, Block<T>::max_rows);
+  for (int64_t b = 0; b < blocks; b += group_blocks) {
+    const int64_t row = first + n * b / blocks;
+    f(row, first + n * smaller(b + group_blocks, blocks) / blocks - row);
+  }
+}
 
 // Calls f(Math<T, N>, j, lanes) for columns [first, last), two vectors at a time as long as there are two; `lanes` of
 // the last vector exist.
@@ -116,19 +127,22 @@ class ForwardPass {
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B;
     const int vectors = panel_vectors<T>(plan_, a_.H);
-    const auto panels = [&](int64_t K, int64_t columns) {
-      return Panels<T>{packs_ ? arena.take<T>(Panels<T>::size(K, columns)) : nullptr, K, columns, vectors};
+    const auto panels = [&](int64_t K, int64_t columns, int matrices) {
+      T* data = packs_ ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
+      return Panels<T>{data, K, columns, vectors, matrices};
     };
+    w_ih_[0] = panels(a_.I, a_.H, G);
+    w_hh_[0] = panels(a_.R, a_.H, G);
     for (int g = 0; g < G; ++g) {
-      w_ih_[g] = panels(a_.I, a_.H);
-      w_hh_[g] = panels(a_.R, a_.H);
+      w_ih_[g] = w_ih_[0], w_ih_[g].index = g;
+      w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
       bias_x_[g] = arena.take<T>(state_width_);
       bias_r_[g] = arena.take<T>(state_width_);
     }
     for (T*& h : h_) h = arena.take<T>(B * output_width_);
     for (int s = 1; s < states; ++s) state_[s] = arena.take<T>(B * state_width_);
     if (a_.projected) {
-      w_hr_ = panels(a_.H, a_.R);
+      w_hr_ = panels(a_.H, a_.R, 1);
       state_[0] = arena.take<T>(B * state_width_);
     }
     if (!in_place_) gates_ = arena.take<T>(plan_.chunk * B * gates_width_);
@@ -238,14 +252,13 @@ class ForwardPass {
         const Panels<T>& w = w_ih_[g];
         const int64_t first = w.first(p), columns = w.last(p) - first, ldo = w.vectors_of(p) * W;
         const int64_t place = (in_place_ ? Cell::input_slot[g] : g) * a_.H + first;
-        for (int64_t r = 0; r < count; r += group) {
-          const int64_t n = smaller(group, count - r);
+        for_groups<T>(0, count, [&](int64_t r, int64_t n) {
           multiply(share.left + r, n, w, p, a_.weights[d].w_ih + g * a_.H * a_.I, share.sums);
           for (int64_t k = 0; k < n; ++k)
             for (int64_t j = 0; j < columns; j += W)
               S::store(share.places[r + k] + place + j, S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
                        (int)smaller(W, columns - j));
-        }
+        });
       }
   }
 
@@ -256,8 +269,8 @@ class ForwardPass {
     for (int64_t p = share.units.first; p < share.units.last; ++p) {
       const int64_t first = w_hh_[0].first(p), last = w_hh_[0].last(p);
       const int nv = w_hh_[0].vectors_of(p);
-      for (int64_t row = share.rows.first; row < last_row; row += group) {
-        const int64_t n = smaller(group, last_row - row), plane = group * nv * W;
+      for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
+        const int64_t plane = group * nv * W;
         for (int64_t k = 0; k < n; ++k) share.left[k] = h + (row + k) * output_width_;
         for (int g = 0; g < G; ++g)
           multiply(share.left, n, w_hh_[g], p, a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + g * plane);
@@ -267,7 +280,7 @@ class ForwardPass {
             gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j, lanes);
           });
         }
-      }
+      });
     }
   }
 
@@ -317,8 +330,7 @@ class ForwardPass {
     T* h = h_[(i + 1) & 1];
     for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
       const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
-      for (int64_t row = share.rows.first; row < last_row; row += group) {
-        const int64_t n = smaller(group, last_row - row);
+      for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
         for (int64_t k = 0; k < n; ++k) share.left[k] = state_[0] + (row + k) * state_width_;
         multiply(share.left, n, w_hr_, p, a_.weights[d].w_hr, share.sums);
         for (int64_t k = 0; k < n; ++k)
@@ -330,7 +342,7 @@ class ForwardPass {
             if (a_.output.data) S::store(a_.output.at(a_.seq, t, b) + d * a_.R + first + j, value, lanes);
             if (a_.saved) S::store(saved(d).projected + (a_.seq.start(t) + b) * a_.R + first + j, value, lanes);
           }
-      }
+      });
     }
   }
 
@@ -543,15 +555,15 @@ class BackwardPass {
     const int64_t first = o.rows.first, both = larger(first, smaller(now, after));
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t p = o.outputs.first; p < o.outputs.last; ++p) {
-      for_groups(first, both, [&](int64_t row, int64_t n) {
+      for_groups<T>(first, both, [&](int64_t row, int64_t n) {
         multiply_slots(o, p, i + 1, row, n);
         output_gradients(d, o, p, i, row, n);
       });
-      for_groups(both, now, [&](int64_t row, int64_t n) {
+      for_groups<T>(both, now, [&](int64_t row, int64_t n) {
         for (int64_t k = 0; k < n * w_hh_.vectors_of(p) * W; ++k) o.sums[k] = 0;
         output_gradients(d, o, p, i, row, n);
       });
-      for_groups(larger(first, now), after, [&](int64_t row, int64_t n) {
+      for_groups<T>(larger(first, now), after, [&](int64_t row, int64_t n) {
         multiply_slots(o, p, i + 1, row, n);
         initial_gradients(d, o, p, row, n);
       });
@@ -565,7 +577,7 @@ class BackwardPass {
     if (a_.projected) {
       if (!plan_.by_rows) team.sync();
       for (int64_t p = o.units.first; p < o.units.last; ++p)
-        for_groups(first, now, [&](int64_t row, int64_t n) {
+        for_groups<T>(first, now, [&](int64_t row, int64_t n) {
           for (int64_t k = 0; k < n; ++k) o.left[k] = d_h_at(i, row + k);
           multiply_panel(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W);
           gate_gradients(d, o, w_hr_, p, i, row, n);
@@ -575,11 +587,6 @@ class BackwardPass {
   }
 
   const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
-
-  template <class F>
-  static void for_groups(int64_t first, int64_t last, F&& f) {
-    for (; first < last; first += group) f(first, smaller(group, last - first));
-  }
 
   // sums = gradients of the recurrent products at order i, times W_hh.
   void multiply_slots(const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
@@ -681,7 +688,7 @@ class BackwardPass {
   void input_gradients(int d, const Own& o, Range mine) {
     for (int64_t p = 0; p < w_ih_.count(); ++p) {
       const int64_t first = w_ih_.first(p), columns = w_ih_.last(p) - first, ldo = w_ih_.vectors_of(p) * W;
-      for_groups(mine.first, mine.last, [&](int64_t token, int64_t n) {
+      for_groups<T>(mine.first, mine.last, [&](int64_t token, int64_t n) {
         multiply_panel(o.d_slots + token, n, G * a_.H, w_ih_.panel(p), w_ih_.vectors_of(p), o.sums, ldo);
         for (int64_t k = 0; k < n; ++k)
           for (int64_t j = 0; j < columns; j += W) {
