@@ -1,0 +1,44 @@
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor
+
+class Layout(Enum):
+    time_major = ...
+    batch_first = ...
+    one_step = ...
+
+def forward(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    sequence: bool,
+    save: bool,
+    threads: int,
+) -> tuple[Tensor | None, ...]: ...
+def express(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    bias: bool,
+    projected: bool,
+    layout: Layout,
+    threads: int,
+) -> tuple[Tensor, ...] | None: ...
+def backward(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    saved: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    threads: int,
+) -> tuple[Tensor | None, ...]: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
