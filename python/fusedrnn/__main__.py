@@ -1,0 +1,160 @@
+"""The command line: ``python -m fusedrnn info | verify | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import __version__, info
+from .bench.grid import CELLS, DTYPES, MODES, SECTIONS, SHAPES, USUAL_CELLS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Exit status when a command cannot run for want of an optional package; 1 means that it ran and found a fault.
+_CANNOT_RUN = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None for ``sys.argv``'s.
+
+    Returns:
+        exit status: 0, 1 if the command found a fault, 2 if an optional package is missing.
+    """
+    options = _parser().parse_args(arguments)
+    missing = _missing(options.needs)
+    if missing:
+        print(
+            f"fusedrnn {options.command} needs {' and '.join(missing)}: pip install fusedrnn[cli]",
+            file=sys.stderr,
+        )
+        return _CANNOT_RUN
+    command: Callable[[argparse.Namespace], int] = options.run
+    return command(options)
+
+
+def _missing(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if find_spec(name) is None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedrnn", description="Fused RNN, LSTM and GRU kernels for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("info", help="versions, processor, instruction sets, engines, and what is missing")
+    command.set_defaults(run=_info, needs=())
+
+    command = commands.add_parser("verify", help="check outputs and gradients of every engine on this machine")
+    command.set_defaults(run=_verify, needs=("rich",))
+
+    command = commands.add_parser("demo", help="train a small language model with torch.nn and with fusedrnn")
+    command.add_argument("--steps", type=_positive, default=300, help="training steps of each model (default: 300)")
+    command.add_argument("--seed", type=int, default=0, help="of weights and sampled text (default: 0)")
+    command.add_argument("--out", type=Path, default=Path("demo.png"), help="the plot (default: demo.png)")
+    command.set_defaults(run=_demo, needs=("rich", "matplotlib"))
+
+    command = commands.add_parser("bench", help="time fusedrnn against its peers; tables, plot and JSON")
+    command.add_argument("--only", choices=SECTIONS, help="one part of the benchmark (default: all)")
+    command.add_argument("--cells", type=_some_of(CELLS), default=list(USUAL_CELLS), help=f"of {', '.join(CELLS)}")
+    command.add_argument("--modes", type=_some_of(MODES), default=list(MODES), help=f"of {', '.join(MODES)}")
+    command.add_argument("--threads", type=_threads, help="such as 1,2 (default: one, and as many as torch uses)")
+    command.add_argument("--shapes", type=_shapes, default=list(SHAPES), help=f"all, or of {', '.join(SHAPES)}")
+    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    command.add_argument("--budget", type=float, default=1.0, help="seconds of timing per cell (default: 1)")
+    command.add_argument("--out", type=Path, help="results (default: bench/results/cpu-<processor>.json)")
+    command.add_argument(
+        "--render", type=Path, metavar="RESULTS", help="measure nothing: make the README's table and plot"
+    )
+    command.add_argument(
+        "--plot", type=Path, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
+    )
+    command.set_defaults(run=_bench, needs=("rich", "matplotlib"))
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _threads(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
+
+
+def _some_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"unknown name {name!r}; choose from {', '.join(choices)}")
+        return names
+
+    return parse
+
+
+def _shapes(text: str) -> list[str]:
+    return list(SHAPES) if text == "all" else _some_of(tuple(SHAPES))(text)
+
+
+def _info(options: argparse.Namespace) -> int:
+    print(info())
+    missing = _missing(("rich", "matplotlib"))
+    if missing:
+        print(f"missing: {' and '.join(missing)}, which verify, demo and bench need: pip install fusedrnn[cli]")
+    return 0
+
+
+def _console() -> Console:
+    """Where to print; a file or pipe has no width of its own, and gets enough for the tables."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verify import verify
+
+    return 0 if verify(_console()) else 1
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return 0 if demo(_console(), options.steps, options.seed, options.out) else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.run import Options, render, run
+
+    if options.render is not None:
+        render(_console(), options.render, options.plot)
+        return 0
+    wanted = Options(
+        sections=list(SECTIONS) if options.only is None else [options.only],
+        cells=options.cells,
+        modes=options.modes,
+        threads=options.threads or sorted({1, torch.get_num_threads()}),
+        shapes=options.shapes,
+        dtype=options.dtype,
+        budget=options.budget,
+    )
+    return 0 if run(_console(), wanted, options.out) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Who is timed: each contestant turns a task into a function without arguments that does the work once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from ..convert import convert
+from .grid import Shape
+
+FUSEDRNN, TORCH = "fusedrnn", "torch.nn"
+
+#: Does a task once. Inference returns [output]; training [output, gradient of the input, gradients of the weights].
+Run = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell of the grid with its data, the same for every contestant.
+
+    Attributes:
+        module: a torch.nn module: the weights.
+        data: (T, B, I), or packed (tokens, I).
+        batch_sizes: of packed data, rows active at each step.
+        grad_output: the gradient that reaches the output, shaped as the output; None for inference.
+    """
+
+    module: torch.nn.RNNBase
+    data: Tensor
+    batch_sizes: Tensor | None
+    grad_output: Tensor | None
+
+    @property
+    def training(self) -> bool:
+        return self.grad_output is not None
+
+    @property
+    def input(self) -> Tensor | PackedSequence:
+        return self.data if self.batch_sizes is None else PackedSequence(self.data, self.batch_sizes)
+
+
+def stock_module(cell: str, I: int, H: int, dtype: torch.dtype, **options: object) -> torch.nn.RNNBase:
+    """torch.nn's module of a cell."""
+    if cell.startswith("rnn_"):
+        return torch.nn.RNN(I, H, nonlinearity=cell.removeprefix("rnn_"), dtype=dtype, **options)
+    return (torch.nn.LSTM if cell == "lstm" else torch.nn.GRU)(I, H, dtype=dtype, **options)
+
+
+def fused_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """The same module with equal weights, run by fusedrnn."""
+    return convert(copy.deepcopy(module))
+
+
+def make_task(cell: str, shape: Shape, mode: str, dtype: torch.dtype) -> Task:
+    """Weights and data of a cell of the grid; always the same numbers.
+
+    Args:
+        cell: a name in ``grid.CELLS``.
+        shape: the sizes.
+        mode: ``"inference"`` or ``"training"``.
+        dtype: of everything.
+    """
+    torch.manual_seed(0)
+    module = stock_module(cell, shape.I, shape.H, dtype, num_layers=shape.layers, bidirectional=shape.bidirectional)
+    data, batch_sizes, lengths = torch.randn(shape.T, shape.B, shape.I, dtype=dtype), None, shape.lengths()
+    if lengths is not None:
+        data, batch_sizes, *_ = pack_padded_sequence(data, lengths)
+    if mode == "inference":
+        return Task(module, data, batch_sizes, None)
+    grad_output = torch.randn(*data.shape[:-1], shape.directions * shape.H, dtype=dtype)
+    return Task(module, data.requires_grad_(), batch_sizes, grad_output)
+
+
+def _run_module(module: torch.nn.Module, task: Task) -> Run:
+    """Forward, and for training backward to the input and the weights. Gradient mode is the caller's."""
+    input, weights = task.input, list(module.parameters())
+
+    def infer() -> list[Tensor]:
+        output = module(input)[0]
+        return [output.data if isinstance(output, PackedSequence) else output]
+
+    def train() -> list[Tensor]:
+        (output,) = infer()
+        return [output, *torch.autograd.grad(output, [task.data, *weights], task.grad_output)]
+
+    return train if task.training else infer
+
+
+#: The contestants; the others are compared with torch.nn. A new peer is a new entry.
+CONTESTANTS: dict[str, Callable[[Task], Run]] = {
+    FUSEDRNN: lambda task: _run_module(fused_copy(task.module), task),
+    TORCH: lambda task: _run_module(task.module, task),
+}
+
+#: By how much two contestants may differ, as a part of a tensor's largest value. torch's kernels round every step to
+#: 16 bits, which over a thousand steps adds up.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Largest difference as a part of the largest value wanted (if that is not zero); infinite if not finite."""
+    with torch.no_grad():
+        error, scale = float((got - want).abs().max()), float(want.abs().max())
+    return error / (scale or 1.0) if math.isfinite(error) else math.inf
+
+
+def disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest :func:`difference` of any pair of tensors."""
+    return max(map(difference, got, want))

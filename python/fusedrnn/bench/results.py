@@ -1,0 +1,243 @@
+"""The record of a benchmark run: what was measured, where, and the means over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..engines import cpu
+from ..report import explain, info
+from .grid import KINDS, SHAPES, Shape
+
+#: Combined name of the engine that stands for stock torch, see ``engines_of``.
+_STOCK_ENGINE = "torch"
+
+
+def engines_of(module: torch.nn.Module, *inputs: object) -> str:
+    """The engines that serve a call, joined by ``+`` if its layers differ, as ``explain`` says."""
+    return "+".join(sorted({decision.engine for decision in explain(module, *inputs).decisions}))
+
+
+def is_stock(engine: str) -> bool:
+    """Whether stock torch did any part of the work, so that the time is not fusedrnn's."""
+    return _STOCK_ENGINE in engine.split("+")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one table, one column of the heat map and one mean are about."""
+
+    cell: str
+    mode: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.mode}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One cell of the grid.
+
+    Attributes:
+        shape: a name in ``grid.SHAPES``.
+        engine: who served fusedrnn's call.
+        flops: of one call.
+        ms: median milliseconds of each contestant; one whose results were wrong was not timed and is missing.
+        spread: interquartile range as a part of the median.
+        rounds: number of samples of each.
+        ratio: torch.nn's time over fusedrnn's, above 1 if fusedrnn is faster; None if one of them is missing.
+        disagreement: largest difference from torch.nn's results, as a part of a tensor's largest value.
+        elsewhere: cores that other processes kept busy meanwhile; None if unknown.
+    """
+
+    cell: str
+    shape: str
+    mode: str
+    threads: int
+    dtype: str
+    engine: str
+    flops: int
+    ms: dict[str, float]
+    spread: dict[str, float]
+    rounds: int
+    ratio: float | None
+    disagreement: dict[str, float]
+    elsewhere: float | None
+
+    @property
+    def group(self) -> Group:
+        return Group(self.cell, self.mode, self.threads)
+
+    @property
+    def grid_shape(self) -> Shape:
+        return SHAPES[self.shape]
+
+    @property
+    def credited(self) -> float | None:
+        """The ratio as the means count it: where stock torch ran, its noise earns nothing, its overhead counts."""
+        return min(1.0, self.ratio) if self.ratio is not None and is_stock(self.engine) else self.ratio
+
+    def gflops(self, contestant: str) -> float:
+        """Billions of floating-point operations per second."""
+        return self.flops / self.ms[contestant] / 1e6
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One call with next to nothing to compute; median microseconds of each contestant."""
+
+    module: str
+    mode: str
+    us: dict[str, float]
+    spread: dict[str, float]
+    ratio: float
+    engine: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes saved for backward by one training step of each contestant."""
+
+    cell: str
+    shape: str
+    bytes: dict[str, int]
+    engine: str
+
+
+@dataclass
+class Results:
+    """Everything that one run measured, and on what."""
+
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    grid: list[Measurement] = field(default_factory=list)
+    overhead: list[Overhead] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+
+    def groups(self) -> list[Group]:
+        """The groups of the grid, in the order in which they were measured."""
+        return list(dict.fromkeys(m.group for m in self.grid))
+
+    def of(self, group: Group) -> list[Measurement]:
+        """The measurements of a group."""
+        return [m for m in self.grid if m.group == group]
+
+    @property
+    def elsewhere(self) -> float | None:
+        """Cores that other processes kept busy while the grid was timed, on average; None if unknown."""
+        known = [m.elsewhere for m in self.grid if m.elsewhere is not None]
+        return statistics.fmean(known) if known else None
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Results:
+        """Read what ``save`` wrote.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: the file is missing or is not such a record.
+        """
+        record = json.loads(path.read_text())
+        return Results(
+            record["machine"],
+            record["options"],
+            [Measurement(**row) for row in record["grid"]],
+            [Overhead(**row) for row in record["overhead"]],
+            [Memory(**row) for row in record["memory"]],
+        )
+
+
+@dataclass(frozen=True)
+class Means:
+    """Geometric means of the credited ratios of one group.
+
+    Attributes:
+        by_kind: for each kind of shape that was measured.
+        all: over all shapes that count; None if none was measured.
+        worst: the measurement with the lowest credited ratio among them.
+        fused: how many of the shapes that count have a ratio that is all fusedrnn's work.
+        count: how many shapes that count were measured, those with wrong results included.
+    """
+
+    by_kind: dict[str, float]
+    all: float | None
+    worst: Measurement | None
+    fused: int
+    count: int
+
+
+def means(measurements: Iterable[Measurement]) -> Means:
+    """Means over those measurements whose shape counts and that have a ratio."""
+    rows = [(m, m.credited) for m in measurements if m.grid_shape.counts]
+    valid = [(m, ratio) for m, ratio in rows if ratio is not None]
+    by_kind = {}
+    for kind in KINDS:
+        ratios = [ratio for m, ratio in valid if m.grid_shape.kind == kind]
+        if ratios:
+            by_kind[kind] = statistics.geometric_mean(ratios)
+    return Means(
+        by_kind=by_kind,
+        all=statistics.geometric_mean([ratio for _, ratio in valid]) if valid else None,
+        worst=min(valid, key=lambda pair: pair[1])[0] if valid else None,
+        fused=sum(not is_stock(m.engine) for m, _ in valid),
+        count=len(rows),
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """Everything about machine and software that a reader of the numbers may ask for."""
+    return {
+        "processor": info().processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "caches": _caches(),
+        "system": platform.platform(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fusedrnn": __version__,
+        "isa": "no compiled module" if cpu._cpu is None else cpu._cpu.isa(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _caches() -> dict[str, str]:
+    """Sizes of the first core's caches, such as ``{"L2": "1024K"}``; empty where Linux does not tell."""
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        sizes[f"L{level}{kind[0].lower() if kind != 'Unified' else ''}"] = size
+    return sizes
+
+
+def _commit() -> str | None:
+    """The commit that this package was run from, ``-dirty`` if files differ; None outside a checkout of it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # a package installed inside another checkout is not its
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
