@@ -70,7 +70,7 @@ struct Arguments {
     require(input.is_float(32) || input.is_float(64), "input is neither float32 nor float64");
     bits = input.bits;
     I = input.shape[input.dims - 1];
-    require(I <= 1 || input.stride[input.dims - 1] == 1, "the input's features are not side by side");
+    require(side_by_side(input), "the input's features are not side by side");
     if (packed) read_batch_sizes(batch_sizes);
     else seq.T = input.shape[0], seq.B = input.shape[1];
     require(seq.T > 0, "the sequence has no steps");
@@ -94,6 +94,7 @@ struct Arguments {
       check(weights[d][1], "weight_hh", {GH, R});
       if (weights[d][2]) check(weights[d][2], "bias_ih", {GH});
       if (weights[d][3]) check(weights[d][3], "bias_hh", {GH});
+      require(static_cast<bool>(weights[d][2]) == static_cast<bool>(weights[d][3]), "one of the two biases is missing");
       require(static_cast<bool>(weights[d][4]) == projected, "weight_hr is missing in one direction");
       if (projected) check(weights[d][4], "weight_hr", {R, H});
     }
@@ -127,6 +128,12 @@ struct Arguments {
     check(v, name, {directions, seq.B, state_width(s)});
   }
 
+  static bool side_by_side(const TensorView& v) {
+    for (int d = 0; d < v.dims; ++d)
+      if (v.shape[d] == 0) return true;
+    return v.shape[v.dims - 1] == 1 || v.stride[v.dims - 1] == 1;
+  }
+
   // Of the wanted shape, contiguous, and of the input's dtype.
   void check(const TensorView& v, const char* name, std::initializer_list<int64_t> shape) const {
     bool right = v.dims == static_cast<int>(shape.size()) && v.is_float(bits) && v.contiguous();
@@ -138,7 +145,7 @@ struct Arguments {
   void check_tokens(const TensorView& v, const char* name, int64_t features) const {
     const bool packed = seq.sizes != nullptr;
     const bool right = v.is_float(bits) && v.dims == (packed ? 2 : 3) && v.shape[v.dims - 1] == features &&
-                       (features <= 1 || v.stride[v.dims - 1] == 1) &&
+                       side_by_side(v) &&
                        (packed ? v.shape[0] == seq.tokens() : v.shape[0] == seq.T && v.shape[1] == seq.B);
     if (!right) fail(std::string(name) + " has the wrong shape, dtype or layout");
   }

@@ -70,7 +70,10 @@ void check_dims(int64_t dims) {
 
 TensorView through_exchange(const dlpack::Exchange& exchange, py::handle object) {
   dlpack::Tensor tensor;
-  if (exchange.tensor_from_py_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (exchange.tensor_from_py_object(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    throw std::invalid_argument("a tensor has no memory that can be read: it is sparse, fake or on the meta device");
+  }
   if (tensor.device.type != dlpack::cpu) throw std::invalid_argument("a tensor is not on the CPU");
   check_dims(tensor.ndim);
   TensorView result;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engines import ENGINES, Choice, choose
 from .engines.base import Call, Engine, Outputs, Saved
-from .torch_state import why_not_plain
+from .torch_state import batched
 
 #: While set, every call is reported to it: this is how ``explain`` listens.
 listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
@@ -71,7 +71,7 @@ class _Layer(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         needs = ctx.needs_input_grad[2:]
-        if why_not_plain(grads) is not None:  # several vectors at once: is_grads_batched, torch.func.vmap
+        if batched(grads):
             result = _reference_gradient(ctx.template, tensors, grads, needs)
         elif torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
             result = _LayerBackward.apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)

@@ -21,9 +21,23 @@ from .engines import cpu, is_cpu_engine_likely
 from .engines.base import WEIGHTS_PER_DIRECTION, Call
 from .torch_state import autocast_dtype, unusual_mode
 
-#: Under autocast on the CPU torch returns these cells' outputs in the autocast dtype, the others' in float32.
-_AUTOCAST_TO_LOW_PRECISION = frozenset({"lstm", "rnn_tanh", "rnn_relu"})
-_AUTOCAST_CELLS_TO_LOW_PRECISION = frozenset({"rnn_tanh", "rnn_relu"})
+def _autocast_target(cell: Cell, low: torch.dtype, input: Tensor, hx: Sequence[Tensor | None], whole: bool) -> torch.dtype:
+    """The dtype that torch's own module would return under autocast to ``low``; ``whole``: a dense sequence, no cell.
+
+    Autocast lowers the products only. The sum with the state, where there is one, raises the result again; and float64
+    is left alone.
+    """
+    state = next((h.dtype for h in hx if h is not None), input.dtype)
+    if torch.float64 in (input.dtype, state):
+        return torch.float64
+    if cell.mode.startswith("RNN") or (cell.name == "lstm" and whole and torch.float16 not in (input.dtype, state)):
+        return low
+    return torch.promote_types(state, low)
+
+
+def _check_states(cell: Cell, hx: Sequence[Tensor | None]) -> None:
+    if len(hx) != len(cell.states):
+        raise RuntimeError(f"{cell.name} expects {len(cell.states)} hidden states, got {len(hx)}")
 
 
 def network(
@@ -64,12 +78,13 @@ def network(
             f"Expected {num_layers * directions * each} weights ({num_layers} layers, {directions} directions, "
             f"{each} each), got {len(weights)}"
         )
+    _check_states(cell, hx)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     groups = _in_groups_of_five(weights, bias, projected)
     low = autocast_dtype(input.device.type)
     if low is not None and input.is_floating_point():
-        low = low if cell.name in _AUTOCAST_TO_LOW_PRECISION else torch.float32
+        low = _autocast_target(cell, low, input, hx, whole=batch_sizes is None)
         with torch.autocast(input.device.type, enabled=False):
             input, hx, groups = input.to(low), [_to(h, low) for h in hx], tuple(_to(w, low) for w in groups)
             return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
@@ -168,6 +183,7 @@ def sequence(
     """
     if batch_sizes is not None:
         return network(cell, input, hx, weights, batch_sizes=batch_sizes, **options)
+    _check_states(cell, hx)
     dims = input.dim()
     if dims not in (2, 3):
         raise ValueError(f"{cell.mode}: Expected input to be 2D or 3D, got {dims}D instead")
@@ -206,6 +222,7 @@ def cell_step(
     quick = express(cell, input, hx, weights, "one_step")
     if quick is not None:
         return quick
+    _check_states(cell, hx)
     dims = input.dim()
     for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
         if tensor is not None and tensor.dim() not in (1, 2):
@@ -221,7 +238,7 @@ def cell_step(
 
     low = autocast_dtype(input.device.type)
     if low is not None and input.is_floating_point():
-        low = low if cell.name in _AUTOCAST_CELLS_TO_LOW_PRECISION else torch.float32
+        low = _autocast_target(cell, low, input, hx, whole=False)
         with torch.autocast(input.device.type, enabled=False):
             return cell_step(cell, input.to(low), [_to(h, low) for h in hx], [_to(w, low) for w in weights])
     call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]

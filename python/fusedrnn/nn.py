@@ -85,7 +85,7 @@ class _Recurrent(torch.nn.RNNBase):
             self.check_input(input, None)
             return
         several = len(cell.states) > 1
-        dims = [h.dim() for h in hx] if several else [hx.dim()]
+        dims = [hx[0].dim(), hx[1].dim()] if several else [hx.dim()]
         if any(d != (3 if batched else 2) for d in dims):
             kind, want = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
             got = ", ".join(f"{d}-D" for d in dims)

@@ -44,6 +44,12 @@ def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
+def batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of the gradients stands for many: ``torch.autograd.grad(..., is_grads_batched=True)``, or vmap."""
+    is_legacy = torch._C._functorch.is_legacy_batchedtensor
+    return why_not_plain(tensors) is not None or any(t is not None and is_legacy(t) for t in tensors)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast prescribes on the device, None where autocast is off."""
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):

@@ -109,6 +109,11 @@ class Call:
             projected = weights[4] is not None
             if projected and "c" not in self.cell.states:
                 raise RuntimeError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if weights[0] is not None and weights[0].dim() == 2 and weights[0].shape[1] != features:
+                raise RuntimeError(
+                    f"input has inconsistent input_size: got {features} features, but weight_ih of shape "
+                    f"{tuple(weights[0].shape)} expects {weights[0].shape[1]}"
+                )
             output = weights[4].shape[0] if projected else hidden  # type: ignore[union-attr]
             expected = {
                 "weight_ih": (gates * hidden, features),
