@@ -420,7 +420,7 @@ class BackwardPass {
   int64_t chunk_tokens() const { return plan_.chunk * plan_.rows; }
   int64_t sums_size() const { return group * Block<T>::max_columns; }
   // Products over tokens take this many at a time.
-  int64_t slice() const { return smaller(512, chunk_tokens()); }
+  int64_t slice() const { return larger(1, smaller(512, chunk_tokens())); }
   int64_t blocks_size() const { return slice() * larger(slots * round_up(a_.H, block), round_up(a_.R, block)); }
   int64_t weights_size() const { return G * a_.H * (a_.I + a_.R) + (a_.projected ? a_.R * a_.H : 0); }
 
