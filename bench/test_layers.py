@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
 from fusedrnn.bench.contestants import CONTESTANTS, make_task
 from fusedrnn.bench.grid import MODES, SHAPES, USUAL_CELLS
-from pytest_benchmark.fixture import BenchmarkFixture
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)

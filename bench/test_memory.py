@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fusedrnn.bench.contestants import FUSEDRNN, TORCH
 from fusedrnn.bench.grid import SHAPES
 from fusedrnn.bench.memory import measure

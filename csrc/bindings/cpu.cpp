@@ -23,7 +23,8 @@ const Kernels& kernels() {
   const Kernels* in_use = kernels_in_use();
   if (in_use) return *in_use;
   std::string names;
-  for (const Kernels* const* k = available_kernels(); *k; ++k) names += std::string(names.empty() ? "" : ", ") + (*k)->name;
+  for (const Kernels* const* k = available_kernels(); *k; ++k)
+    names += std::string(names.empty() ? "" : ", ") + (*k)->name;
   throw std::runtime_error(std::string("FUSEDRNN_ISA is ") + std::getenv("FUSEDRNN_ISA") +
                            ", but this machine runs only: " + names);
 }
@@ -71,8 +72,10 @@ struct Arguments {
     bits = input.bits;
     I = input.shape[input.dims - 1];
     require(side_by_side(input), "the input's features are not side by side");
-    if (packed) read_batch_sizes(batch_sizes);
-    else seq.T = input.shape[0], seq.B = input.shape[1];
+    if (packed)
+      read_batch_sizes(batch_sizes);
+    else
+      seq.T = input.shape[0], seq.B = input.shape[1];
     require(seq.T > 0, "the sequence has no steps");
     const auto each = static_cast<size_t>(grouping.each);
     require(weights_.size() == each || weights_.size() == 2 * each, "wrong number of weights");
@@ -201,14 +204,18 @@ struct Arguments {
 // Calls f with a value of the type of `bits` bits.
 template <class F>
 void with_type(int bits, F&& f) {
-  if (bits == 32) f(float{});
-  else f(double{});
+  if (bits == 32)
+    f(float{});
+  else
+    f(double{});
 }
 
 template <class T>
 const Functions<T>& functions(int cell) {
-  if constexpr (sizeof(T) == 4) return kernels().single_[cell];
-  else return kernels().double_[cell];
+  if constexpr (sizeof(T) == 4)
+    return kernels().single_[cell];
+  else
+    return kernels().double_[cell];
 }
 
 // Runs a layer whose output, final states and saved values are views of memory that is ready to be written.

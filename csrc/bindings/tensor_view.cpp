@@ -57,8 +57,7 @@ const dlpack::Exchange* find_exchange() {
   const py::object type = py::module_::import("torch").attr("Tensor");
   if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-  auto* exchange =
-      static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!exchange) throw py::error_already_set();
   return exchange->header.version.major == 1 && exchange->tensor_from_py_object ? exchange : nullptr;
 }
@@ -118,7 +117,7 @@ NewTensor through_exchange(const dlpack::Exchange& table, std::initializer_list<
   int64_t stride = 1;
   for (int d = v.dims - 1; d >= 0; --d) v.stride[d] = stride, stride *= v.shape[d];
   dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, v.dims, {dlpack::code_float, static_cast<uint8_t>(bits), 1},
-                           v.shape, nullptr, 0};
+                           v.shape, nullptr,          0};
   const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
   dlpack::ManagedTensor* managed = nullptr;
   if (table.allocate(&prototype, &managed, nullptr, set_error) != 0) throw py::error_already_set();

@@ -13,11 +13,15 @@ struct Block {
   static constexpr int max_rows = 6;
   static constexpr int max_vectors = 4;
   static constexpr int max_columns = max_vectors * width;
-  static constexpr int rows(int vectors) { return accumulators / vectors < max_rows ? accumulators / vectors : max_rows; }
+  static constexpr int rows(int vectors) {
+    return accumulators / vectors < max_rows ? accumulators / vectors : max_rows;
+  }
   static constexpr int usual_vectors = accumulators / max_rows;
   // Vectors of a panel that serves few rows at a time: the fewer the rows, the more columns share each of their values.
   static int vectors_for(int64_t rows) {
-    return rows >= max_rows ? usual_vectors : accumulators / rows < max_vectors ? (int)(accumulators / rows) : max_vectors;
+    return rows >= max_rows                    ? usual_vectors
+           : accumulators / rows < max_vectors ? (int)(accumulators / rows)
+                                               : max_vectors;
   }
 };
 
@@ -51,7 +55,8 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, T* out, int64_t 
       const T* right = panel + (k + c) * (NV * width);
       V column[NV];
       // Weights larger than the second-level cache come from the third at every step: fetched 1 KB ahead, LSTM
-      // inference at B = 64, H = 256 goes from 69 to 79 GF/s, training at B = 32, H = 512 from 70 to 79 (Zen 3, peak 102).
+      // inference at B = 64, H = 256 goes from 69 to 79 GF/s, training at B = 32, H = 512 from 70 to 79 (Zen 3, peak
+      // 102).
       __builtin_prefetch(right + 1024 / sizeof(T));
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) column[v] = S::load(right + v * width);
@@ -140,8 +145,9 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // K is cut so that a stretch of a panel (16 KB) stays in the first-level cache while the rows pass by.
 template <class T>
-static int64_t k_stretch(int nv) { return 16384 / (nv * FUSEDRNN_VECTOR_BYTES); }
-
+static int64_t k_stretch(int nv) {
+  return 16384 / (nv * FUSEDRNN_VECTOR_BYTES);
+}
 
 // out(n x nv vectors) = rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
@@ -186,8 +192,7 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
     for (int64_t k = 0; k < K; k += W) {
       const int lanes = (int)smaller(W, K - k);
       typename S::V block[W];
-      for (int i = 0; i < W; ++i)
-        block[i] = c + i < last ? S::load(w + (c + i) * K + k, lanes) : typename S::V{};
+      for (int i = 0; i < W; ++i) block[i] = c + i < last ? S::load(w + (c + i) * K + k, lanes) : typename S::V{};
       S::transpose(block);
       for (int i = 0; i < lanes; ++i) S::store(out + (k + i) * stride, block[i]);
     }

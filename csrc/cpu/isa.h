@@ -1,7 +1,8 @@
 // The body of every isa_*.cpp: the kernels of one instruction set, in a namespace of its own.
 //
-// FUSEDRNN_ISA_NAME names it, FUSEDRNN_ISA_TEST tells whether this processor runs it. No inline function of the standard
-// library may be called in here: the linker keeps one copy for all, perhaps one that other processors cannot run.
+// FUSEDRNN_ISA_NAME names it, FUSEDRNN_ISA_TEST tells whether this processor runs it. No inline function of the
+// standard library may be called in here: the linker keeps one copy for all, perhaps one that other processors cannot
+// run.
 
 #include <cstddef>
 #include <cstdint>
@@ -30,14 +31,17 @@ namespace FUSEDRNN_ISA_NAME {
 #define FUSEDRNN_STRING(x) FUSEDRNN_STRING_(x)
 #define FUSEDRNN_JOIN_(a, b) a##b
 #define FUSEDRNN_JOIN(a, b) FUSEDRNN_JOIN_(a, b)
-#define FUSEDRNN_CELLS(T)                                                                                       \
-  {{FUSEDRNN_ISA_NAME::forward<T, RnnTanh>, FUSEDRNN_ISA_NAME::backward<T, RnnTanh>},                            \
-   {FUSEDRNN_ISA_NAME::forward<T, RnnRelu>, FUSEDRNN_ISA_NAME::backward<T, RnnRelu>},                            \
-   {FUSEDRNN_ISA_NAME::forward<T, Lstm>, FUSEDRNN_ISA_NAME::backward<T, Lstm>},                                  \
-   {FUSEDRNN_ISA_NAME::forward<T, Gru>, FUSEDRNN_ISA_NAME::backward<T, Gru>}}
+#define FUSEDRNN_CELLS(T)                                                                  \
+  {                                                                                        \
+    {FUSEDRNN_ISA_NAME::forward<T, RnnTanh>, FUSEDRNN_ISA_NAME::backward<T, RnnTanh>},     \
+        {FUSEDRNN_ISA_NAME::forward<T, RnnRelu>, FUSEDRNN_ISA_NAME::backward<T, RnnRelu>}, \
+        {FUSEDRNN_ISA_NAME::forward<T, Lstm>, FUSEDRNN_ISA_NAME::backward<T, Lstm>}, {     \
+      FUSEDRNN_ISA_NAME::forward<T, Gru>, FUSEDRNN_ISA_NAME::backward<T, Gru>              \
+    }                                                                                      \
+  }
 
-extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {
-    FUSEDRNN_STRING(FUSEDRNN_ISA_NAME), [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); }, FUSEDRNN_CELLS(float),
-    FUSEDRNN_CELLS(double)};
+extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {FUSEDRNN_STRING(FUSEDRNN_ISA_NAME),
+                                                                   [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); },
+                                                                   FUSEDRNN_CELLS(float), FUSEDRNN_CELLS(double)};
 
 }  // namespace fusedrnn

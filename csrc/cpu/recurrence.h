@@ -56,8 +56,10 @@ static inline Range rows_part(const Sequence& seq, int rank, int size) {
       const int64_t middle = (low + high) / 2;
       int64_t tokens = 0;
       for (int64_t t = 0; t < seq.T; ++t) tokens += smaller(seq.sizes[t], middle);
-      if (tokens < goal) low = middle + 1;
-      else high = middle;
+      if (tokens < goal)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return part == size ? seq.B : low;
   };
@@ -106,7 +108,9 @@ class ForwardPass {
 
  public:
   ForwardPass(const Forward<T>& args, int threads)
-      : a_(args), plan_(make_plan<T>(args, G, threads, 256)), state_width_(round_up(args.H, W)),
+      : a_(args),
+        plan_(make_plan<T>(args, G, threads, 256)),
+        state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)) {
     in_place_ = a_.saved && Cell::kept;
     // Packing a weight costs about as much as eight uses of it unpacked.
@@ -188,8 +192,10 @@ class ForwardPass {
   // out = n rows times panel p of w, whose unpacked origin is given too.
   void multiply(const T* const* rows, int64_t n, const Panels<T>& w, int64_t p, const T* unpacked, T* out) const {
     const int nv = w.vectors_of(p);
-    if (packs_) multiply_panel(rows, n, w.K, w.panel(p), nv, out, nv * W);
-    else multiply_unpacked(rows, n, w.K, unpacked, w.first(p), w.last(p), out, nv * W);
+    if (packs_)
+      multiply_panel(rows, n, w.K, w.panel(p), nv, out, nv * W);
+    else
+      multiply_unpacked(rows, n, w.K, unpacked, w.first(p), w.last(p), out, nv * W);
   }
 
   // Packs weights, adds biases, copies initial states: a part each.
@@ -221,8 +227,10 @@ class ForwardPass {
         const T* initial = a_.hx[s] ? a_.hx[s] + (d * B + b) * width : nullptr;
         for (int64_t j = 0; j < padded; ++j) {
           const T value = initial && j < width ? initial[j] : T(0);
-          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
-          else state_[s][b * padded + j] = value;
+          if (s == 0)
+            h_[0][b * padded + j] = h_[1][b * padded + j] = value;
+          else
+            state_[s][b * padded + j] = value;
         }
       }
   }
@@ -256,7 +264,8 @@ class ForwardPass {
           multiply(share.left + r, n, w, p, a_.weights[d].w_ih + g * a_.H * a_.I, share.sums);
           for (int64_t k = 0; k < n; ++k)
             for (int64_t j = 0; j < columns; j += W)
-              S::store(share.places[r + k] + place + j, S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
+              S::store(share.places[r + k] + place + j,
+                       S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
                        (int)smaller(W, columns - j));
         });
       }
@@ -277,7 +286,8 @@ class ForwardPass {
         for (int64_t k = 0; k < n; ++k) {
           const Destination to = destination(d, begin, i, t, row + k);
           for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) {
-            gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j, lanes);
+            gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j,
+                               lanes);
           });
         }
       });
@@ -410,9 +420,9 @@ class BackwardPass {
     // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
     const T **x, **h_before, **unprojected, **d_slots, **d_h;
     T** d_x;
-    T* panel;               // a panel of such rows
-    T* blocks;              // the gate gradients, packed for products over tokens
-    T* sum_slots;           // the gate gradients added up over tokens: the biases' gradients
+    T* panel;                // a panel of such rows
+    T* blocks;               // the gate gradients, packed for products over tokens
+    T* sum_slots;            // the gate gradients added up over tokens: the biases' gradients
     Weights<T> sum_weights;  // where this thread adds up the weights' gradients; null what is not wanted
   };
 
@@ -545,9 +555,7 @@ class BackwardPass {
   T* d_slots_at(int64_t i, int64_t b) const {
     return d_slots_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * slots_width();
   }
-  T* d_h_at(int64_t i, int64_t b) const {
-    return d_h_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * a_.R;
-  }
+  T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * a_.R; }
 
   // Order i of the rows and units of one thread; order -1 leaves the gradients of the initial states.
   void step(int d, const Own& o, int64_t i, const Team& team) {
@@ -624,7 +632,7 @@ class BackwardPass {
       const int64_t before = started ? a_.seq.start(time(d, i - 1)) + b : 0;
       const T* prev_at[states];
       for (int s = 0; s < states; ++s)
-        prev_at[s] = started ? saved.state[s] + before * H
+        prev_at[s] = started    ? saved.state[s] + before * H
                      : a_.hx[s] ? a_.hx[s] + (d * a_.seq.B + b) * a_.state_width(s)
                                 : zeros_;
       T* d_slots = d_slots_at(i, b);
@@ -788,8 +796,8 @@ class BackwardPass {
   const Plan plan_;
   const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
   Panels<T> w_ih_, w_hh_, w_hr_;
-  T* carry_[states];  // gradients that reach the states from the step after, except through the products
-  T *d_slots_, *d_h_; // rings of a chunk's steps: gradients of the slots, and of a projected h
+  T* carry_[states];   // gradients that reach the states from the step after, except through the products
+  T *d_slots_, *d_h_;  // rings of a chunk's steps: gradients of the slots, and of a projected h
   T *zeros_, *sums_, *panels_, *blocks_, *sum_slots_, *private_;
   const T **left_, **tokens_;
   T** d_x_;

@@ -130,7 +130,9 @@ struct Vectors<T, 1> {
   using S = Simd<T>;
   using V = typename S::V;
   template <class Op, class... Args>
-  FUSEDRNN_INLINE V map(Op op, Args... args) { return op(args...); }
+  FUSEDRNN_INLINE V map(Op op, Args... args) {
+    return op(args...);
+  }
   FUSEDRNN_INLINE V load(const T* p) { return S::load(p); }
   FUSEDRNN_INLINE V load(const T* p, int lanes) { return S::load(p, lanes); }
   FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v); }
@@ -142,7 +144,9 @@ struct Vectors<T, 2> {
   using S = Simd<T>;
   using V = Pair<typename S::V, T>;
   template <class Op, class... Args>
-  FUSEDRNN_INLINE V map(Op op, Args... args) { return {op(args.first...), op(args.second...)}; }
+  FUSEDRNN_INLINE V map(Op op, Args... args) {
+    return {op(args.first...), op(args.second...)};
+  }
   FUSEDRNN_INLINE V load(const T* p) { return {S::load(p), S::load(p + S::width)}; }
   FUSEDRNN_INLINE V load(const T* p, int lanes) { return {S::load(p), S::load(p + S::width, lanes)}; }
   FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v.first), S::store(p + S::width, v.second); }

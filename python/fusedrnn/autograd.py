@@ -27,7 +27,7 @@ def run(call: Call) -> Outputs:
     if engine.traceable:
         return engine.forward(call, save=False)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors()):
-        return _Layer.apply(engine, call.without_tensors(), *call.tensors())  # type: ignore[no-any-return]
+        return _Layer.apply(engine, call.without_tensors(), *call.tensors())  # type: ignore[no-any-return,no-untyped-call]
     return _forward(engine, call, save=False)[0]
 
 
@@ -74,7 +74,8 @@ class _Layer(torch.autograd.Function):
         if batched(grads):
             result = _reference_gradient(ctx.template, tensors, grads, needs)
         elif torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
-            result = _LayerBackward.apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)
+            apply = _LayerBackward.apply
+            result = apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)  # type: ignore[no-untyped-call]
         else:
             result = _backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
         return None, None, *result
@@ -87,7 +88,7 @@ def _reference_gradient(
     with torch.enable_grad():
         outputs, _ = ENGINES["reference"].forward(template.with_tensors(inputs), save=False)
         given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
@@ -127,7 +128,7 @@ class _LayerBackward(torch.autograd.Function):
         if pairs and asked:
             values = torch.autograd.grad(
                 [f for f, _ in pairs],
-                [variables[k] for k in asked],
+                [variables[k] for k in asked],  # type: ignore[arg-type]
                 [s for _, s in pairs],
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,

@@ -21,7 +21,10 @@ from .engines import cpu, is_cpu_engine_likely
 from .engines.base import WEIGHTS_PER_DIRECTION, Call
 from .torch_state import autocast_dtype, unusual_mode
 
-def _autocast_target(cell: Cell, low: torch.dtype, input: Tensor, hx: Sequence[Tensor | None], whole: bool) -> torch.dtype:
+
+def _autocast_target(
+    cell: Cell, low: torch.dtype, input: Tensor, hx: Sequence[Tensor | None], whole: bool
+) -> torch.dtype:
     """The dtype that torch's own module would return under autocast to ``low``; ``whole``: a dense sequence, no cell.
 
     Autocast lowers the products only. The sum with the state, where there is one, raises the result again; and float64
@@ -36,8 +39,11 @@ def _autocast_target(cell: Cell, low: torch.dtype, input: Tensor, hx: Sequence[T
 
 
 def _check_states(cell: Cell, hx: Sequence[Tensor | None]) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{cell.name}: hx must be a tuple of Tensors ({', '.join(cell.states)}), not Tensor")
     if len(hx) != len(cell.states):
-        raise RuntimeError(f"{cell.name} expects {len(cell.states)} hidden states, got {len(hx)}")
+        count = ("one hidden state", "two hidden states")[len(cell.states) - 1]
+        raise RuntimeError(f"{cell.name} expects {count}, got {len(hx)}")
 
 
 def network(
@@ -84,10 +90,15 @@ def network(
     groups = _in_groups_of_five(weights, bias, projected)
     low = autocast_dtype(input.device.type)
     if low is not None and input.is_floating_point():
-        low = _autocast_target(cell, low, input, hx, whole=batch_sizes is None)
+        target = _autocast_target(cell, low, input, hx, whole=batch_sizes is None and not projected)
         with torch.autocast(input.device.type, enabled=False):
-            input, hx, groups = input.to(low), [_to(h, low) for h in hx], tuple(_to(w, low) for w in groups)
-            return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
+            input, hx, groups = input.to(target), [_to(h, target) for h in hx], tuple(_to(w, target) for w in groups)
+            output, last = _layers(
+                cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes
+            )
+            if projected and target != torch.float64:  # the projection is a product, so its result is low
+                output, last = output.to(low), [last[0].to(low), *last[1:]]
+            return output, last
     return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
 
 

@@ -56,7 +56,9 @@ class _Recurrent(torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx, weights)
         self._check(cell, input, hx)
-        output, last = functional.sequence(cell, input, states, weights, batch_first=self.batch_first, **self._options())
+        output, last = functional.sequence(
+            cell, input, states, weights, batch_first=self.batch_first, **self._options()
+        )
         return output, last[0] if len(last) == 1 else tuple(last)
 
     def _options(self) -> dict[str, Any]:
@@ -76,6 +78,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
         """Raise what torch.nn raises: its own checks, in its order."""
+        self._update_flat_weights()  # torch.func.functional_call exchanges weights behind the list that checks read
         if input.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3

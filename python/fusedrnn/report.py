@@ -42,7 +42,9 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [str(decision) for decision in self.decisions]
-        lines += [f"{name}: a module of torch.nn, not fusedrnn's; convert(model) would change it" for name in self.stock]
+        lines += [
+            f"{name}: a module of torch.nn, not fusedrnn's; convert(model) would change it" for name in self.stock
+        ]
         return "\n".join(lines) or "no recurrent layer ran"
 
 
@@ -130,7 +132,10 @@ def info() -> Info:
         states[name] = "ready" if reason is None else f"unavailable: {reason}"
     if engines.cpu._cpu is not None:
         supported = ", ".join(engines.cpu._cpu.isas())
-        states["cpu"] = f"ready, {engines.cpu._cpu.isa()} (this machine runs: {supported})"
+        try:
+            states["cpu"] = f"ready, {engines.cpu._cpu.isa()} (this machine runs: {supported})"
+        except RuntimeError as error:
+            states["cpu"] = f"unavailable: {error}"
     states["cuda"] = "unavailable: no CUDA kernels in this release; GPU tensors go to stock torch"
     return Info(
         versions={"fusedrnn": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -15,10 +15,9 @@ from .numba import NumbaEngine
 from .reference import ReferenceEngine
 from .torch import TorchEngine
 
+_IN_ORDER: tuple[Engine, ...] = (CpuEngine(), NumbaEngine(), TorchEngine(), ReferenceEngine())
 #: Automatic choice takes the first that is available and supports the call.
-ENGINES: dict[str, Engine] = {
-    engine.name: engine for engine in (CpuEngine(), NumbaEngine(), TorchEngine(), ReferenceEngine())
-}
+ENGINES = {engine.name: engine for engine in _IN_ORDER}
 AUTO = "auto"
 
 _forced: ContextVar[str] = ContextVar("fusedrnn_engine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -169,8 +169,8 @@ class Engine(Protocol):
     is in a dtype of ``dtypes``: another floating-point type is converted for them (``computes_in``).
     """
 
-    name: ClassVar[str]
-    traceable: ClassVar[bool]
+    name: str
+    traceable: bool
 
     def available(self) -> str | None:
         """None if the engine can run on this machine, else the reason why not."""

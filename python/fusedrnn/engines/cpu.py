@@ -113,4 +113,6 @@ def express(
     )
 
 
-_LAYOUTS = {} if _cpu is None else {name: getattr(_cpu.Layout, name) for name in ("time_major", "batch_first", "one_step")}
+_LAYOUTS = (
+    {} if _cpu is None else {name: getattr(_cpu.Layout, name) for name in ("time_major", "batch_first", "one_step")}
+)

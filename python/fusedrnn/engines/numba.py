@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ _COMPUTES_IN = {
 
 
 class NumbaEngine:
-    name: ClassVar[str] = "numba"
-    traceable: ClassVar[bool] = False
+    name = "numba"
+    traceable = False
 
     def available(self) -> str | None:
         return _why_not_installed()

@@ -46,11 +46,14 @@ class ReferenceEngine:
 def _one_direction(call: Call, direction: int) -> tuple[Tensor, list[Tensor]]:
     """Output (T, B, R) or (tokens, R), and final states (B, width), of one direction."""
     w_ih, w_hh, b_ih, b_hh, w_hr = call.of_direction(direction)
-    assert w_ih is not None and w_hh is not None
+    assert w_ih is not None
+    assert w_hh is not None
     gates = len(call.cell.gates)
     dense = call.batch_sizes is None
     sizes = [call.batch] * call.time if call.batch_sizes is None else call.batch_sizes.tolist()
-    products = list(linear(call.input, w_ih, b_ih).unbind(0) if dense else linear(call.input, w_ih, b_ih).split(sizes))
+    products = list(
+        linear(call.input, w_ih, b_ih).unbind(0) if dense else torch.split(linear(call.input, w_ih, b_ih), sizes)
+    )
     states = [
         call.input.new_zeros(call.batch, width) if state is None else state[direction]
         for state, width in zip(call.hx, call.widths(), strict=True)
@@ -58,9 +61,7 @@ def _one_direction(call: Call, direction: int) -> tuple[Tensor, list[Tensor]]:
     outputs: list[Tensor] = [call.input] * len(sizes)
     for t in range(len(sizes)) if direction == 0 else reversed(range(len(sizes))):
         rows = [state[: sizes[t]] for state in states]
-        new = list(
-            call.cell.step(products[t].chunk(gates, -1), linear(rows[0], w_hh, b_hh).chunk(gates, -1), rows)
-        )
+        new = list(call.cell.step(products[t].chunk(gates, -1), linear(rows[0], w_hh, b_hh).chunk(gates, -1), rows))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         outputs[t] = new[0]
