@@ -199,7 +199,8 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
 }
 
 // out(n x columns [first, last), row stride ldo, filled up to whole vectors) = rows(n x K) * transpose of w (row stride
-// K). For products that are too few to pay for packing w: a vector of columns at a time, each a dot product.
+// K). For products that are too few to pay for packing w: a vector of columns at a time, each a dot product, the rows
+// of w fetched 512 bytes ahead.
 template <class T>
 static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const T* w, int64_t first, int64_t last,
                               T* out, int64_t ldo) {
@@ -213,7 +214,11 @@ static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const 
         const int lanes = (int)smaller(W, K - k);
         const V value = S::load(rows[r] + k, lanes);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) sum[i] += value * S::load(w + smaller(c + i, last - 1) * K + k, lanes);
+        for (int i = 0; i < W; ++i) {
+          const T* weight = w + smaller(c + i, last - 1) * K + k;
+          __builtin_prefetch(weight + 512 / sizeof(T));
+          sum[i] += value * S::load(weight, lanes);
+        }
       }
       S::transpose(sum);
 #pragma GCC unroll 16

@@ -1,0 +1,48 @@
+"""Fixtures of all tests, and the deselection of those marked ``full``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch and NumPy load their thread pools: threads that spin while they wait crawl on a busy machine.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import hypothesis
+import pytest
+import torch
+from support import ENGINES
+
+import fusedrnn
+
+# The same examples each time, so that anyone can run a failure again.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ``-m`` leave out the tests marked ``full``."""
+    if not config.option.markexpr:
+        left_out = [item for item in items if "full" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same random numbers, alone or after others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each engine that this machine has, forced during the test."""
+    with fusedrnn.engine(request.param):
+        yield request.param

@@ -1,0 +1,134 @@
+"""Every kernel against the oracle: engine and instruction set x cell x dtype, with all the options of the modules."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from pairwise import pairwise
+from support import CELLS, DTYPES, TARGETS, Case, check
+
+import fusedrnn
+
+# Stock torch says so of itself, at the first such call.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
+#: What is compiled or chosen once: a kernel. No other option may be left untried on any of them.
+KERNELS = list(product(TARGETS, CELLS, DTYPES))
+
+#: Around the widths of vectors (4, 8, 16) and of blocks of columns (up to 64), and none a multiple of them.
+WIDTHS = (1, 3, 7, 17, 37, 65)
+#: Around blocks of rows (up to 12).
+BATCHES = (1, 2, 3, 5, 8, 13, 33)
+STEPS = (1, 2, 5, 40)
+ON_OFF = (True, False)
+
+OF_ALL = {"bias": ON_OFF, "hx": ON_OFF, "strided": ON_OFF, "threads": (1, 2, 3), "B": BATCHES, "I": WIDTHS, "H": WIDTHS}
+OF_SEQUENCES = OF_ALL | {
+    "layout": ("dense", "unbatched", "sorted", "unsorted"),
+    "layers": (1, 2, 3),
+    "directions": (1, 2),
+    "batch_first": ON_OFF,
+    "loss": ("both", "output", "final"),
+    "T": STEPS,
+}
+IMPOSSIBLE = [
+    *({"layout": layout, "B": B} for layout in ("unbatched", "unbatched_cell") for B in BATCHES[1:]),
+    {"projected": True, "H": 1},  # a projection is narrower than what it projects
+]
+
+
+def sample(kernels, options):
+    """Cases with every value of every option on every kernel, and every pair of values on some."""
+    cases = []
+    for case in pairwise({"kernel": kernels} | options, IMPOSSIBLE):
+        target, cell, dtype = case.pop("kernel")
+        shape = dict(zip("TBIH", case.pop("shape"), strict=True)) if "shape" in case else {}
+        cases.append(Case(target=target, cell=cell, dtype=dtype, **shape, **case))
+    return cases
+
+
+SEQUENCES = [
+    *sample([kernel for kernel in KERNELS if kernel[1] != "lstm"], OF_SEQUENCES),
+    *sample([kernel for kernel in KERNELS if kernel[1] == "lstm"], OF_SEQUENCES | {"projected": ON_OFF}),
+]
+STEPS_OF_CELLS = sample(KERNELS, OF_ALL | {"layout": ("cell", "unbatched_cell"), "T": (1,)})
+
+
+@pytest.mark.parametrize("name", ["cpu", "numba"])
+def test_engine_is_ready(name):
+    """All the tests here run on the engines that there are: none may be missing unnoticed."""
+    assert fusedrnn.info().engines[name].startswith("ready")
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_sequence(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", STEPS_OF_CELLS, ids=str)
+def test_cell(case):
+    check(case)
+
+
+#: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time.
+LARGE = [(20, 70, 130, 130), (12, 1, 65, 130), (12, 5, 37, 130), (9, 26, 40, 67), (150, 7, 6, 65), (600, 2, 5, 9)]
+OF_LARGE = {
+    "shape": LARGE,
+    "threads": (2, 3, 5),
+    "layout": ("dense", "unsorted"),
+    "directions": (1, 2),
+    "hx": ON_OFF,
+    "loss": ("both", "output", "final"),
+}
+WIDE_KERNELS = [kernel for kernel in KERNELS if kernel[2] in (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize("case", sample(WIDE_KERNELS, OF_LARGE), ids=str)
+def test_large(case):
+    check(case)
+
+
+BLOCKED = [kernel for kernel in WIDE_KERNELS if kernel[0].isa]
+
+
+@pytest.mark.parametrize(("target", "cell", "dtype"), BLOCKED, ids=str)
+def test_every_tail_of_a_block(target, cell, dtype):
+    """Each number of columns up to a block's and each number of rows up to a block's, but not all pairs."""
+    for H in range(1, 67):
+        check(Case(target=target, cell=cell, dtype=dtype, T=2, B=1 + H % 13, I=1 + 5 * H % 67, H=H))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("target", "cell", "dtype"), BLOCKED, ids=str)
+def test_every_pair_of_tails(target, cell, dtype):
+    for B, H in product(range(1, 14), range(1, 67)):
+        check(Case(target=target, cell=cell, dtype=dtype, T=2, B=B, I=1 + (B + 5 * H) % 67, H=H))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 3), (2, 2, 3, 7), (5, 3, 7, 17), (40, 5, 17, 2), (5, 8, 37, 65), (2, 13, 65, 37), (5, 33, 17, 17)],
+    ids=str,
+)
+@pytest.mark.parametrize(("target", "cell", "dtype"), KERNELS, ids=str)
+def test_the_whole_product(target, cell, dtype, shape):
+    """All of the options that combine in a layer's structure; the others vary along."""
+    rng = np.random.default_rng(0)
+    options = ("layout", "layers", "directions", "bias", "hx", "batch_first")
+    for values in product(*(OF_SEQUENCES[option] for option in options), ON_OFF if cell == "lstm" else [False]):
+        check(
+            Case(
+                target=target,
+                cell=cell,
+                dtype=dtype,
+                **dict(zip((*options, "projected"), values, strict=True)),
+                **dict(zip("TBIH", shape, strict=True)),
+                strided=bool(rng.integers(2)),
+                loss=str(rng.choice(OF_SEQUENCES["loss"])),
+                threads=int(rng.integers(1, 4)),
+            )
+        )
