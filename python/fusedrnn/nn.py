@@ -76,6 +76,16 @@ class _Recurrent(torch.nn.RNNBase):
             return (hx,)
         return (None,) * len(cell.states) if hx is None else hx
 
+    def _looks_right(self, input: Tensor, states: Sequence[Tensor | None], weights: list[Tensor]) -> bool:
+        """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
+        shape = input.shape
+        return (
+            len(shape) == 3
+            and shape[2] == self.input_size
+            and input.dtype == weights[0].dtype
+            and all(state is None for state in states)
+        )
+
     def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
         """Raise what torch.nn raises: its own checks, in its order."""
         self._update_flat_weights()  # torch.func.functional_call exchanges weights behind the list that checks read

@@ -379,7 +379,7 @@ class Cases {
     c.shape.T = std::clamp<int64_t>(static_cast<int64_t>(2e6 / step), 3, 40);
     set_lengths(c);
     c.threads = large_threads_.draw(random_);
-    c.nested = random_.below(4) == 0;
+    c.nested = nested_.draw(random_);
     test(c);
   }
 
@@ -426,7 +426,7 @@ class Cases {
   Bag<int64_t> steps_{1, 2, 9}, batches_{0, 1, 2, 3, 5, 7, 13, 30}, sizes_{1, 3, 8, 17, 33, 65, 70};
   Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30, 64}, large_sizes_{33, 70, 130, 300};
   Bag<int> directions_{1, 2}, threads_{1, 2, 3}, large_threads_{2, 3};
-  Bag<bool> packed_{false, true};
+  Bag<bool> packed_{false, true}, nested_{false, false, false, true};
   Bag<Biases> biases_{Biases::none, Biases::both, Biases::both, Biases::input, Biases::recurrent};
   Bag<Placing> placings_{Placing::time_major, Placing::batch_first, Placing::with_gaps};
 };

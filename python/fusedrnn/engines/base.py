@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -76,11 +76,12 @@ class Call:
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call on other tensors, given in the order of :meth:`tensors`."""
         first = 1 + len(self.cell.states)
-        return replace(self, input=tensors[0], hx=tuple(tensors[1:first]), weights=tuple(tensors[first:]))  # type: ignore[arg-type]
+        input, hx, weights = tensors[0], tuple(tensors[1:first]), tuple(tensors[first:])
+        return Call(self.cell, input, hx, weights, self.batch_sizes, self.sequence)  # type: ignore[arg-type]
 
     def without_tensors(self) -> Call:
         """What remains of the call when autograd keeps the tensors; ``with_tensors`` restores it."""
-        return replace(self, input=_NOTHING, hx=(), weights=())
+        return Call(self.cell, _NOTHING, (), (), self.batch_sizes, self.sequence)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with every floating-point tensor converted."""
