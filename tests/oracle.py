@@ -9,7 +9,6 @@ Gates are in torch's order: i f g o for an LSTM, r z n for a GRU whose reset gat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,19 +45,21 @@ class Tanh:
         return d, d, [np.zeros_like(h)]
 
 
-@dataclass(frozen=True)
 class Relu:
-    """h = max(a + b, 0), whose slope steps from 0 to 1 at ``kink``: tests move it to ask what rounding may do."""
+    """h = max(a + b, 0). Within ``blur`` of its kink the slope is 0 or 1 by chance, as rounding may make it."""
 
-    kink: float = 0.0
     states = ("h",)
 
-    def forward(self, a: Array, b: Array, states: Sequence[Array]) -> tuple[list[Array], Any]:
-        return [np.maximum(a + b, 0)], a + b
+    def __init__(self, blur: float = 0.0, seed: int = 0) -> None:
+        self.blur, self.random = blur, np.random.default_rng(seed)
 
-    def backward(self, total: Any, grads: Sequence[Array]) -> tuple[Array, Array, list[Array]]:
-        d = grads[0] * (total > self.kink)
-        return d, d, [np.zeros_like(total)]
+    def forward(self, a: Array, b: Array, states: Sequence[Array]) -> tuple[list[Array], Any]:
+        total = a + b
+        return [np.maximum(total, 0)], total > self.blur * self.random.choice([-1, 1], total.shape)
+
+    def backward(self, slope: Any, grads: Sequence[Array]) -> tuple[Array, Array, list[Array]]:
+        d = grads[0] * slope
+        return d, d, [np.zeros_like(d)]
 
 
 class Lstm:

@@ -324,19 +324,20 @@ def check(case: Case) -> None:
         for name, got, want in zip(cell.states, final, run.final, strict=True):
             assert_near(f"{name}_n", got, want, tolerance * max(np.abs(want).max(), 0.1))
 
-        # A gradient that is small because large terms cancel keeps their error: hence the share of the largest one.
-        share = 0.05 * max(np.abs(d).max() for d in d_expected)
-        doubt = [0.0] * len(d_expected)
-        if case.cell == "rnn_relu":
-            # Within rounding of its kink relu's slope may be 0 or 1: allow what moving the kink changes.
-            low, high = (truth(oracle.Relu(kink))[1] for kink in (-tolerance / 4, tolerance / 4))
-            doubt = [2 * np.abs(a - b).max() for a, b in zip(low, high, strict=True)]
-        for (name, leaf), want, extra in zip(
-            [*arguments.items(), *module.named_parameters()], d_expected, doubt, strict=True
-        ):
+        leaves = dict(arguments) | dict(module.named_parameters())
+        for name, leaf in leaves.items():
             assert leaf.grad is not None, f"{name} has no gradient"
             assert leaf.grad.dtype == case.dtype
-            assert_near(f"gradient of {name}", leaf.grad, want, tolerance * (np.abs(want).max() + share) + extra)
+        # A gradient that is small because large terms cancel keeps their error: hence the share of the largest one.
+        share = 0.25 * max(np.abs(d).max() for d in d_expected)
+        allowed = [tolerance * (np.abs(d).max() + share) for d in d_expected]
+        if case.cell == "rnn_relu":
+            # Within rounding of its kink relu's slope may be 0 or 1: allow what drawing lots there changes.
+            draws = [truth(oracle.Relu(tolerance / 4, seed))[1] for seed in range(8)]
+            for k, want in enumerate(d_expected):
+                allowed[k] += 3 * max(np.abs(draw[k] - want).max() for draw in draws)
+        for (name, leaf), want, limit in zip(leaves.items(), d_expected, allowed, strict=True):
+            assert_near(f"gradient of {name}", leaf.grad, want, limit)
         for name, leaf in arguments.items():
             assert np.array_equal(to_numpy(leaf), before[name]), f"{name} was changed"
 

@@ -55,7 +55,8 @@ class _Recurrent(torch.nn.RNNBase):
                 return quick[0], quick[1] if len(quick) == 2 else quick[1:]
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx, weights)
-        self._check(cell, input, hx)
+        if not self._looks_right(input, states, weights):
+            self._check(cell, input, hx)
         output, last = functional.sequence(
             cell, input, states, weights, batch_first=self.batch_first, **self._options()
         )
