@@ -1,0 +1,103 @@
+// Teams on the OpenMP runtime: their sizes, what their threads see of one another, nesting, and forked children.
+#include <omp.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <vector>
+
+#include "check.h"
+#include "team.h"
+
+namespace {
+
+using fusedrnn::run_team;
+using fusedrnn::Team;
+
+template <class F>
+void run(int threads, F&& work) {
+  run_team(threads, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &work);
+}
+
+// The size of a team that was asked for; checks its ranks.
+int team_size(int threads) {
+  std::vector<std::atomic<int>> calls(static_cast<size_t>(threads));
+  std::atomic<int> size{0};
+  run(threads, [&](const Team& team) {
+    size = team.size;
+    if (team.rank >= 0 && team.rank < threads) ++calls[static_cast<size_t>(team.rank)];
+  });
+  for (int rank = 0; rank < threads; ++rank)
+    CHECK(calls[static_cast<size_t>(rank)] == (rank < size ? 1 : 0), "rank %d of %d", rank, threads);
+  return size;
+}
+
+// Each thread sees what the others wrote before the barrier, and nobody writes on before all have seen it.
+void test_order(int threads) {
+  constexpr int rounds = 3000;
+  std::vector<int> written(static_cast<size_t>(threads)), wrong(written.size());
+  run(threads, [&](const Team& team) {
+    const auto rank = static_cast<size_t>(team.rank);
+    for (int round = 1; round <= rounds; ++round) {
+      written[rank] = round;
+      team.sync();
+      for (int other = 0; other < team.size; ++other) wrong[rank] += written[static_cast<size_t>(other)] != round;
+      team.sync();
+    }
+  });
+  for (const int count : wrong) CHECK(count == 0, "%d stale values with %d threads", count, threads);
+}
+
+void test_nesting() {
+  std::atomic<int> outer{0}, inner{0};
+  run(2, [&](const Team&) {
+    ++outer;
+    const int size = team_size(3);
+    CHECK(size == 1, "a team of %d inside a team", size);
+    ++inner;
+  });
+  CHECK(outer == 2 && inner == 2, "%d and %d calls", outer.load(), inner.load());
+  const int size = team_size(2);
+  CHECK(size == 2, "a team of %d after a nested one", size);
+}
+
+// A child has one thread, whatever the runtime that it inherited believes; an alarm ends it if it waits for others.
+void test_fork(const char* when) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);
+    const int failures = check::failures, size = team_size(4);
+    _exit(size == 1 && check::failures == failures ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(child > 0 && waitpid(child, &status, 0) == child, "no child");
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a child forked %s %s", when,
+        WIFSIGNALED(status) ? "hangs or crashes" : "does not run alone");
+}
+
+// Some threads for the runtime to remember, as another user of it would leave.
+void use_openmp_elsewhere() {
+  std::atomic<int> seen{0};
+#pragma omp parallel num_threads(3)
+  ++seen;
+  CHECK(seen == 3, "the OpenMP runtime gives %d threads", seen.load());
+}
+
+}  // namespace
+
+int main() {
+  omp_set_dynamic(0);
+  use_openmp_elsewhere();
+  test_fork("before the first team");
+  for (int threads = 1; threads <= 4; ++threads) {
+    const int size = team_size(threads);
+    CHECK(size == threads, "a team of %d, not %d", size, threads);
+    test_order(threads);
+  }
+  test_nesting();
+  test_fork("after some teams");
+  const int size = team_size(3);
+  CHECK(size == 3, "a team of %d after a fork", size);
+  return check::result();
+}
