@@ -116,13 +116,17 @@ class ForwardPass {
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
   }
 
-  void run() {
+  int planned_threads() const { return plan_.threads; }
+
+  // Runs and returns the size of the team. If that is not the planned one nothing has been done.
+  int run() {
     Arena measure{nullptr};
     lay_out(measure);
     const Workspace workspace(measure.used);
     Arena arena{workspace.data()};
     lay_out(arena);
     run_team(plan_.threads, [](void* self, const Team& team) { static_cast<ForwardPass*>(self)->work(team); }, this);
+    return team_size_;
   }
 
  private:
@@ -161,6 +165,8 @@ class ForwardPass {
   int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
 
   void work(const Team& team) {
+    if (team.rank == 0) team_size_ = team.size;
+    if (team.size != plan_.threads) return;
     Share<T> share{};
     const bool by_rows = plan_.by_rows;
     share.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
@@ -374,6 +380,7 @@ class ForwardPass {
 
   const Forward<T>& a_;
   const Plan plan_;
+  int team_size_ = 0;
   const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
   bool in_place_;                             // input products lie where backward will find the gates
   int64_t gates_width_;
@@ -401,13 +408,17 @@ class BackwardPass {
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)) {}
 
-  void run() {
+  int planned_threads() const { return plan_.threads; }
+
+  // Runs and returns the size of the team. If that is not the planned one nothing has been done.
+  int run() {
     Arena measure{nullptr};
     lay_out(measure);
     const Workspace workspace(measure.used);
     Arena arena{workspace.data()};
     lay_out(arena);
     run_team(plan_.threads, [](void* self, const Team& team) { static_cast<BackwardPass*>(self)->work(team); }, this);
+    return team_size_;
   }
 
  private:
@@ -487,6 +498,8 @@ class BackwardPass {
   }
 
   void work(const Team& team) {
+    if (team.rank == 0) team_size_ = team.size;
+    if (team.size != plan_.threads) return;
     Own o = own(team);
     const int64_t T_ = a_.seq.T;
     for (int d = 0; d < a_.directions; ++d) {
@@ -793,6 +806,7 @@ class BackwardPass {
 
   const Backward<T>& a_;
   const Plan plan_;
+  int team_size_ = 0;
   const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
   Panels<T> w_ih_, w_hh_, w_hr_;
   T* carry_[states];   // gradients that reach the states from the step after, except through the products
@@ -802,12 +816,23 @@ class BackwardPass {
   T** d_x_;
 };
 
+// OpenMP may give fewer threads than were asked for; the work is then planned anew for those there are.
+template <class Pass, class Arguments>
+static void run_pass(const Arguments& args, int threads) {
+  for (;;) {
+    Pass pass(args, threads);
+    const int got = pass.run();
+    if (got == pass.planned_threads()) return;
+    threads = got < threads ? got : 1;
+  }
+}
+
 template <class T, class Cell>
 static void forward(const Forward<T>& args, int threads) {
-  ForwardPass<T, Cell>(args, threads).run();
+  run_pass<ForwardPass<T, Cell>>(args, threads);
 }
 
 template <class T, class Cell>
 static void backward(const Backward<T>& args, int threads) {
-  BackwardPass<T, Cell>(args, threads).run();
+  run_pass<BackwardPass<T, Cell>>(args, threads);
 }
