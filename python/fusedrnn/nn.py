@@ -80,12 +80,7 @@ class _Recurrent(torch.nn.RNNBase):
     def _looks_right(self, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
         """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
         shape = input.shape
-        return (
-            hx is None
-            and len(shape) == 3
-            and shape[2] == self.input_size
-            and input.dtype == weights[0].dtype
-        )
+        return hx is None and len(shape) == 3 and shape[2] == self.input_size and input.dtype == weights[0].dtype
 
     def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
         """Raise what torch.nn raises: its own checks, in its order."""

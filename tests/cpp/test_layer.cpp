@@ -389,7 +389,7 @@ class Cases {
 
   // Enough work for a team, divided by rows or by units.
   void large() {
-    const int64_t B = large_batches_.draw(random_), I = large_sizes_.draw(random_), H = large_sizes_.draw(random_);
+    const int64_t B = large_batches_.draw(random_), I = large_inputs_.draw(random_), H = large_sizes_.draw(random_);
     Case c = draw(1, B, I, H);
     const double step = static_cast<double>(B * (I + c.shape.R) * c.shape.gates() * H * c.shape.directions);
     c.shape.T = std::clamp<int64_t>(static_cast<int64_t>(2e6 / step), 3, 40);
@@ -448,7 +448,8 @@ class Cases {
   const bool projected_;
   Random random_;
   Bag<int64_t> steps_{1, 2, 9}, batches_{0, 1, 2, 3, 5, 7, 13, 30}, sizes_{1, 3, 8, 17, 33, 65, 70};
-  Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30, 64}, large_sizes_{33, 70, 130, 300};
+  Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30};
+  Bag<int64_t> large_inputs_{17, 70, 300}, large_sizes_{33, 70, 130};
   Bag<int> directions_{1, 2}, threads_{1, 2, 3}, large_threads_{2, 3};
   Bag<bool> packed_{false, true}, nested_{false, false, false, true};
   Bag<Biases> biases_{Biases::none, Biases::both, Biases::both, Biases::input, Biases::recurrent};
