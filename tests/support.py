@@ -178,7 +178,7 @@ def rounding(case: Case) -> float:
     """
     eps = torch.finfo(case.dtype).eps
     if case.dtype in (torch.bfloat16, torch.float16) and case.target.engine in ("cpu", "numba"):
-        return 6 * case.layers * eps
+        return 3 * case.layers * eps
     return eps * case.layers * (16 + ((case.I + case.H) ** 0.5 + (case.T * case.rows) ** 0.5) / 2)
 
 

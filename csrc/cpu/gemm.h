@@ -143,15 +143,17 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// K is cut so that a stretch of a panel (16 KB) stays in the first-level cache while the rows pass by.
+// K is cut so that a stretch of a panel stays in the first-level cache (32 KB; 48 KB where vectors have 64
+// bytes) while the rows pass by.
 template <class T>
 static int64_t k_stretch(int nv) {
-  return 16384 / (nv * FUSEDRNN_VECTOR_BYTES);
+  return (FUSEDRNN_VECTOR_BYTES == 64 ? 40960 : 16384) / (nv * FUSEDRNN_VECTOR_BYTES);
 }
 
-// out(n x nv vectors) = rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
+// out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
-static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo) {
+static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo,
+                           bool add = false) {
   const int64_t blocks = ceil_div(n, Block<T>::rows(nv));
   const int64_t stretch = blocks > 1 ? k_stretch<T>(nv) : K;
   for (int64_t k = 0; k < K || k == 0; k += stretch)
@@ -159,7 +161,7 @@ static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* 
       const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
       with_block<T>((int)(last - first), nv,
                     RowsTile<T>{smaller(stretch, K - k), rows + first, k, panel + k * nv * Block<T>::width,
-                                out + first * ldo, ldo, k > 0});
+                                out + first * ldo, ldo, add || k > 0});
     }
 }
 
@@ -240,7 +242,27 @@ static void pack_columns(const T* const* rows, int64_t n, int64_t first, int64_t
 template <class T>
 static void pack_blocks(const T* const* rows, int64_t K, int64_t first, int64_t last, T* out) {
   constexpr int64_t MR = Block<T>::max_rows;
-  for (; first < last; first += MR)
+  for (; first + MR <= last; first += MR)
+    for (int64_t k = 0; k < K; ++k, out += MR) __builtin_memcpy(out, rows[k] + first, MR * sizeof(T));
+  if (first < last)
     for (int64_t k = 0; k < K; ++k, out += MR)
       for (int64_t r = 0; r < MR; ++r) out[r] = first + r < last ? rows[k][first + r] : T(0);
+}
+
+// sums[first, last) += the sums of those columns of rows[0 .. n).
+template <class T>
+static void add_rows(const T* const* rows, int64_t n, int64_t first, int64_t last, T* sums) {
+  using S = Simd<T>;
+  using V = typename S::V;
+  for (; first < last; first += S::width) {
+    const int lanes = (int)smaller(S::width, last - first);
+    V even = S::load(sums + first, lanes), odd{};
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) {
+      even += S::load(rows[k] + first, lanes);
+      odd += S::load(rows[k + 1] + first, lanes);
+    }
+    if (k < n) even += S::load(rows[k] + first, lanes);
+    S::store(sums + first, even + odd, lanes);
+  }
 }

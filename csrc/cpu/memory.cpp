@@ -3,22 +3,48 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <utility>
 
 namespace fusedrnn {
+namespace {
 
-Workspace::Workspace(size_t bytes) : data_(nullptr) {
-  // Large blocks come fresh from the system at every call: in huge pages that is one fault in place of 512.
-  constexpr size_t huge = size_t{1} << 21;
+constexpr size_t huge = size_t{1} << 21;
+constexpr size_t largest_spare = size_t{64} << 20;
+
+// The block that the last call left. Fresh pages cost a fault each and must be zeroed by the system: 2% of a training
+// step of LSTM 100,32,512,512. Locks are only tried: a child forked while another thread held one goes without.
+struct {
+  std::mutex mutex;
+  Memory block;
+} spare;
+
+Memory allocate(size_t bytes) {
   const bool large = bytes >= 2 * huge;
   void* memory = nullptr;
   if (posix_memalign(&memory, large ? huge : 64, bytes ? bytes : 64) != 0) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   if (large) madvise(memory, bytes / huge * huge, MADV_HUGEPAGE);
 #endif
-  data_ = static_cast<char*>(memory);
+  return {static_cast<char*>(memory), bytes};
 }
 
-Workspace::~Workspace() { std::free(data_); }
+}  // namespace
+
+Workspace::Workspace(size_t bytes) {
+  if (const std::unique_lock<std::mutex> lock(spare.mutex, std::try_to_lock); lock)
+    block_ = std::exchange(spare.block, {});
+  if (block_.bytes >= bytes && block_.data) return;
+  std::free(block_.data);
+  block_ = {};
+  block_ = allocate(bytes);
+}
+
+Workspace::~Workspace() {
+  if (block_.bytes <= largest_spare)
+    if (const std::unique_lock<std::mutex> lock(spare.mutex, std::try_to_lock); lock) std::swap(spare.block, block_);
+  std::free(block_.data);
+}
 
 }  // namespace fusedrnn

@@ -6,17 +6,23 @@
 
 namespace fusedrnn {
 
-// A block of 64-byte aligned memory. Throws std::bad_alloc.
+struct Memory {
+  char* data = nullptr;
+  size_t bytes = 0;
+};
+
+// A block of 64-byte aligned memory with anything in it. Throws std::bad_alloc. One block of at most 64 MiB is kept
+// from call to call, for the whole process.
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  char* data() const { return data_; }
+  char* data() const { return block_.data; }
 
  private:
-  char* data_;
+  Memory block_;
 };
 
 // Hands out pieces of a block. Run over a null block first, the same sequence of requests yields the size to allocate.

@@ -26,6 +26,11 @@ void Barrier::wait(int size) {
 
 namespace {
 
+// A forked child inherits an OpenMP runtime that believes in threads which did not come along, and waits for them for
+// ever. Watched from the moment this library is loaded: others may have started that runtime before our first team.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 // The entry points of GNU OpenMP, looked up in what the process has loaded already: torch brings a libgomp, and a
 // second one linked here would fight with it for the cores.
 struct OpenMp {
@@ -39,7 +44,6 @@ struct OpenMp {
     find(thread_num, "omp_get_thread_num");
     find(num_threads, "omp_get_num_threads");
     find(in_parallel, "omp_in_parallel");
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
   }
 
   template <class F>
@@ -48,11 +52,7 @@ struct OpenMp {
   }
 
   bool usable() const { return parallel && thread_num && num_threads && in_parallel && !forked && !in_parallel(); }
-
-  static std::atomic<bool> forked;
 };
-
-std::atomic<bool> OpenMp::forked{false};
 
 struct Region {
   void (*work)(void*, const Team&);

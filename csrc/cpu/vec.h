@@ -16,26 +16,26 @@
 #define FUSEDRNN_INLINE static inline __attribute__((always_inline))
 #define FUSEDRNN_FRIEND friend inline __attribute__((always_inline))
 
-// Per type: the integers of its width, and the constants of its exponential.
+// Per type: the integers of its width (unsigned: those of a NaN may overflow), and the constants of its exponential.
 template <class T>
 struct Float;
 
 template <>
 struct Float<float> {
-  using Int = int32_t;
+  using Int = uint32_t;
   static constexpr int mantissa = 23, bias = 127, terms = 7;
   static constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, left in the low mantissa bits
-  static constexpr float lowest = -87.3f, highest = 88.3f, beyond = 88.9f;
+  static constexpr float lowest = -87.3f, beyond = 88.9f;  // e^x is nearly 0; e^x is infinite
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // the high part times any n is exact
 };
 
 template <>
 struct Float<double> {
-  using Int = int64_t;
+  using Int = uint64_t;
   static constexpr int mantissa = 52, bias = 1023, terms = 13;
   static constexpr double shift = 0x1.8p52;
-  static constexpr double lowest = -708.3, highest = 709.0, beyond = 709.95;
+  static constexpr double lowest = -708.3, beyond = 709.95;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
 };
@@ -51,6 +51,25 @@ struct Simd {
 
   FUSEDRNN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   FUSEDRNN_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // The larger or smaller of `bound` and v in each lane; v where it is NaN.
+  FUSEDRNN_INLINE V at_least(T bound, V v) {
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_max_ps((__mmask16)-1, (__m512)(V{} + bound), (__m512)v);
+    if constexpr (sizeof(T) == 8) return (V)_mm512_maskz_max_pd((__mmask8)-1, (__m512d)(V{} + bound), (__m512d)v);
+#else
+    return v < bound ? V{} + bound : v;
+#endif
+  }
+
+  FUSEDRNN_INLINE V at_most(T bound, V v) {
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_min_ps((__mmask16)-1, (__m512)(V{} + bound), (__m512)v);
+    if constexpr (sizeof(T) == 8) return (V)_mm512_maskz_min_pd((__mmask8)-1, (__m512d)(V{} + bound), (__m512d)v);
+#else
+    return v > bound ? V{} + bound : v;
+#endif
+  }
 
   // The first n lanes only; the others are zero and their memory is not touched.
   FUSEDRNN_INLINE V load(const T* p, int n) {
@@ -148,20 +167,21 @@ struct Vectors<T, 2> {
     return {op(args.first...), op(args.second...)};
   }
   FUSEDRNN_INLINE V load(const T* p) { return {S::load(p), S::load(p + S::width)}; }
-  FUSEDRNN_INLINE V load(const T* p, int lanes) { return {S::load(p), S::load(p + S::width, lanes)}; }
+  FUSEDRNN_INLINE V load(const T* p, int) { return load(p); }
   FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v.first), S::store(p + S::width, v.second); }
-  FUSEDRNN_INLINE void store(T* p, V v, int lanes) { S::store(p, v.first), S::store(p + S::width, v.second, lanes); }
+  FUSEDRNN_INLINE void store(T* p, V v, int) { store(p, v); }
 };
 
-// What cells compute with: N vectors side by side; where `lanes` are given, only so many of the last vector exist. One
+// What cells compute with: N vectors side by side; of a single one perhaps only the first `lanes` exist. One
 // unit's gates are a chain of a hundred cycles that waits for its own results; with two vectors in step the processor
 // has something to do meanwhile.
 template <class T, int N>
 struct Math : Vectors<T, N> {
   using F = Float<T>;
-  using Raw = typename Simd<T>::V;
-  using Bits = typename Simd<T>::Bits;
-  using Int = typename Simd<T>::Int;
+  using S = Simd<T>;
+  using Raw = typename S::V;
+  using Bits = typename S::Bits;
+  using Int = typename S::Int;
   using V = typename Vectors<T, N>::V;
   using Vectors<T, N>::map;
 
@@ -177,41 +197,34 @@ struct Math : Vectors<T, N> {
     return map([](Raw c, Raw v) { return c <= 0 ? Raw{} : v; }, condition, x);
   }
 
-  // 1 / (1 + e^-x): within 2.5 ulp.
+  // 1 / (1 + e^-x): within 2.5 ulp. Comparisons with a NaN are false, so a NaN passes through. Half of e^-x is never
+  // infinite where it is computed from its parts, which might have infinities of two signs.
   FUSEDRNN_INLINE V sigmoid(V x) {
-    V scale;
-    const V p = exp_minus_one(clamp(T(0) - x), scale);
-    return T(1) / (p * scale + scale + T(1));
+    V half;
+    const V y = map([](Raw v) { return S::at_most(F::beyond, S::at_least(F::lowest, -v)); }, x);
+    const V p = exp_minus_one(y, F::bias - 1, half);
+    return T(1) / ((p * half + half) * T(2) + T(1));
   }
 
   // Through e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp.
   FUSEDRNN_INLINE V tanh(V x) {
     V scale;
-    const V y = map([](Raw v) { return v < 0 ? 2 * v : -2 * v; }, x);
-    const V p = exp_minus_one(clamp(y), scale);
+    const V y = map([](Raw v) { return S::at_least(F::lowest, (Raw)((Bits)(v + v) | sign())); }, x);
+    const V p = exp_minus_one(y, F::bias, scale);
     const V e = p * scale + (scale - T(1));
     const V t = e / (e + T(2));
-    return map([](Raw v, Raw r) { return v < 0 ? r : -r; }, x, t);
+    return map([](Raw v, Raw r) { return (Raw)((Bits)r ^ (~(Bits)v & sign())); }, x, t);
   }
 
  private:
-  // Comparisons with a NaN are false, so a NaN passes through. What is too high becomes an argument whose e^x is
-  // infinite, so that sigmoid(-infinity) is zero.
-  FUSEDRNN_INLINE V clamp(V x) {
-    return map(
-        [](Raw v) {
-          v = v < F::lowest ? Raw{} + F::lowest : v;
-          return v > F::highest ? Raw{} + F::beyond : v;
-        },
-        x);
-  }
+  FUSEDRNN_INLINE Bits sign() { return Bits{} + (Int)((Int)1 << (8 * sizeof(T) - 1)); }
 
   // With x = n ln 2 + r, |r| <= ln 2 / 2: returns e^r - 1 by its Taylor series (truncated below a tenth of an ulp)
-  // and scale = 2^n, so that e^x = p * scale + scale.
-  FUSEDRNN_INLINE V exp_minus_one(V x, V& scale) {
+  // and scale = 2^n (bias - 1: half of it), so that e^x = p * scale + scale.
+  FUSEDRNN_INLINE V exp_minus_one(V x, Int bias, V& scale) {
     const V shifted = x * F::log2e + F::shift;
     const V n = shifted - F::shift;
-    scale = map([](Raw v) { return (Raw)(((Bits)v << F::mantissa) + ((Int)F::bias << F::mantissa)); }, shifted);
+    scale = map([=](Raw v) { return (Raw)(((Bits)v << F::mantissa) + (bias << F::mantissa)); }, shifted);
     const V r = (x - n * F::ln2_high) - n * F::ln2_low;
     V series = zero() + T(1) / factorial(F::terms);
 #pragma GCC unroll 16
