@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "memory.h"
+
 namespace py = pybind11;
 
 namespace fusedrnn {
@@ -151,9 +153,17 @@ bool is_plain(py::handle object) {
 }
 
 NewTensor new_tensor(std::initializer_list<int64_t> shape, int bits) {
-  if (exchange()) return through_exchange(*exchange(), shape, bits);
-  NewTensor result{torch_empty(shape, bits), {}};
-  result.view = view(result.object);
+  NewTensor result;
+  if (exchange()) {
+    result = through_exchange(*exchange(), shape, bits);
+  } else {
+    result.object = torch_empty(shape, bits);
+    result.view = view(result.object);
+  }
+  int64_t bytes = bits / 8;
+  for (const int64_t size : shape) bytes *= size;
+  // Large tensors are fresh from the system at every call, and filling them costs more faults than arithmetic.
+  if (bytes >= int64_t{4} << 20) prefer_huge_pages(result.view.data, static_cast<size_t>(bytes));
   return result;
 }
 

@@ -21,16 +21,21 @@ struct {
 } spare;
 
 Memory allocate(size_t bytes) {
-  const bool large = bytes >= 2 * huge;
   void* memory = nullptr;
-  if (posix_memalign(&memory, large ? huge : 64, bytes ? bytes : 64) != 0) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (large) madvise(memory, bytes / huge * huge, MADV_HUGEPAGE);
-#endif
+  if (posix_memalign(&memory, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64) != 0) throw std::bad_alloc();
+  prefer_huge_pages(memory, bytes);
   return {static_cast<char*>(memory), bytes};
 }
 
 }  // namespace
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / huge * huge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 Workspace::Workspace(size_t bytes) {
   if (const std::unique_lock<std::mutex> lock(spare.mutex, std::try_to_lock); lock)

@@ -6,6 +6,10 @@
 
 namespace fusedrnn {
 
+// Asks the system to back those of the bytes that fill whole huge pages (2 MiB) with such: one fault in place of 512
+// when they are first written. Without effect on pages that exist already, and on what they hold.
+void prefer_huge_pages(void* data, size_t bytes);
+
 struct Memory {
   char* data = nullptr;
   size_t bytes = 0;
