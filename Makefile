@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell git ls-files csrc 2>/dev/null) CMakeLists.txt pyproject.toml
+SOURCES := $(shell git ls-files cmake csrc 2>/dev/null) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test test-full sanitize bench lint format verify clean
 .DELETE_ON_ERROR:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import engines
+from . import engines, installation
 from .autograd import listener
 from .engines.base import Call
 
@@ -104,15 +104,17 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, processor and engines of this machine. Printing it is what it is for."""
+    """Versions, compilers, processor and engines of this installation. Printing it is what it is for."""
 
     versions: dict[str, str]
+    compiled: str
     processor: str
     threads: int
     engines: dict[str, str]
 
     def __str__(self) -> str:
-        rows = {**self.versions, "processor": self.processor, "threads": str(self.threads)}
+        rows = self.versions | ({"compiled by": self.compiled} if self.compiled else {})
+        rows |= {"processor": self.processor, "threads": str(self.threads)}
         rows |= {f"engine {name}": state for name, state in self.engines.items()}
         width = max(map(len, rows))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
@@ -139,6 +141,7 @@ def info() -> Info:
     states["cuda"] = "unavailable: no CUDA kernels in this release; GPU tensors go to stock torch"
     return Info(
         versions={"fusedrnn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        compiled=installation.built_with(),
         processor=_processor(),
         threads=torch.get_num_threads(),
         engines=states,

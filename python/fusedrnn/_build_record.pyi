@@ -1,0 +1,2 @@
+BUILT_WITH: str
+NOT_BUILT: dict[str, str]
