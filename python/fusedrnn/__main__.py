@@ -13,6 +13,7 @@ import torch
 
 from . import __version__, info
 from .bench.grid import CELLS, DTYPES, MODES, SECTIONS, SHAPES, USUAL_CELLS
+from .engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info, needs=())
 
     command = commands.add_parser("verify", help="check outputs and gradients of every engine on this machine")
-    command.set_defaults(run=_verify, needs=("rich",))
+    command.add_argument("--engines", type=_some_of(tuple(ENGINES)), help=f"of {', '.join(ENGINES)}")
+    command.add_argument("--quick", action="store_true", help="only the smallest size")
+    command.set_defaults(run=_verify, needs=())
 
     command = commands.add_parser("demo", help="train a small language model with torch.nn and with fusedrnn")
     command.add_argument("--steps", type=_positive, default=300, help="training steps of each model (default: 300)")
@@ -115,7 +118,7 @@ def _info(options: argparse.Namespace) -> int:
     print(info())
     missing = _missing(("rich", "matplotlib"))
     if missing:
-        print(f"missing: {' and '.join(missing)}, which verify, demo and bench need: pip install fusedrnn[cli]")
+        print(f"missing: {' and '.join(missing)}, which demo and bench need: pip install fusedrnn[cli]")
     return 0
 
 
@@ -129,7 +132,7 @@ def _console() -> Console:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    return 0 if verify(_console()) else 1
+    return 0 if verify(options.engines, options.quick) else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -55,3 +56,24 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+@contextmanager
+def tf32_in_rnns(allowed: bool) -> Iterator[None]:
+    """Whether recurrent networks on a GPU may multiply float32 in tf32 inside the block. The setting is the process's.
+
+    From torch 2.9 on it is ``torch.backends.cudnn.rnn.fp32_precision``; a torch that has both minds being asked for
+    the older ``torch.backends.cudnn.allow_tf32``.
+    """
+    backend = torch.backends.cudnn
+    holder, name, value = (
+        (backend.rnn, "fp32_precision", "tf32" if allowed else "ieee")
+        if hasattr(backend, "rnn")
+        else (backend, "allow_tf32", allowed)
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
