@@ -77,3 +77,9 @@ def tf32_in_rnns(allowed: bool) -> Iterator[None]:
         yield
     finally:
         setattr(holder, name, before)
+
+
+def gpu_driver() -> str:
+    """The newest CUDA version that the GPU's driver supports, such as ``13.0``; empty without a driver."""
+    version = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
+    return f"{version // 1000}.{version % 1000 // 10}" if version else ""
