@@ -17,8 +17,10 @@ constexpr int tile_rows = 16, held_blocks = 16;
 constexpr int tiles_forward(int gates, int64_t value_bytes) { return gates == 1 ? 1 : value_bytes == 2 ? gates : 2; }
 constexpr int tiles_backward = 1;
 
-// The per-step kernel: rows and columns of a CTA's tile of the product.
-constexpr int step_rows = 64, step_columns = 64;
+// The per-step kernel: rows and columns of a CTA's tile of the product, blocks of each copied at once, copies ahead.
+constexpr int step_rows = 64, step_columns = 64, step_blocks = 2, step_stages = 3;
+constexpr int64_t step_shared_bytes = step_stages * step_blocks * (step_rows + step_columns) * block_bytes;
+static_assert(step_shared_bytes >= step_rows * (step_columns + 1) * 8, "the sums use the stages' memory");
 
 // How one launch is laid out. CTAs: unit blocks fastest, then slices of the batch, then directions.
 struct Geometry {

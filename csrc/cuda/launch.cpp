@@ -71,7 +71,8 @@ Geometry geometry_of(const Sizes& sizes, const Plan& plan) {
   g.units = plan.units, g.unit_blocks = plan.unit_blocks, g.slice = plan.slice, g.slices = plan.slices;
   g.blocks = plan.blocks, g.shared_blocks = plan.shared_blocks;
   g.ring_row = ring_row_bytes(plan);
-  g.ring_rows = round_up(plan.slice, columns);
+  g.ring_rows = round_up(plan.path == Path::per_step ? sizes.B : plan.slice, columns);
+  if (plan.path == Path::per_step) return g;
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
     const int64_t first = at;
@@ -169,6 +170,17 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   return true;
 }
 
+// Where the parts of a per-step call's scratch memory begin.
+struct StepScratch {
+  int64_t arguments, ring, states, bytes;
+  StepScratch(const Sizes& sizes, const Geometry& g) {
+    arguments = 0;
+    ring = round_up(sizeof(Arguments), block_bytes);
+    states = ring + sizes.directions * 2 * g.ring_rows * g.ring_row;
+    bytes = states + sizes.directions * Shape(sizes).states * sizes.B * sizes.H * real_bytes(sizes.arithmetic);
+  }
+};
+
 Plan per_step_plan(const Sizes& sizes) {
   const Shape shape(sizes);
   Plan plan{};
@@ -180,12 +192,30 @@ Plan per_step_plan(const Sizes& sizes) {
   plan.slices = ceil_div(sizes.B, plan.slice);
   plan.directions_at_once = sizes.directions;
   plan.blocks = ceil_div(shape.K * value_bytes(sizes.arithmetic), block_bytes);
+  plan.shared_bytes = step_shared_bytes;
+  plan.scratch_bytes = StepScratch(sizes, geometry_of(sizes, plan)).bytes;
   return plan;
+}
+
+void run_per_step(Arguments& arguments, const Sizes& sizes, const Plan& plan, char* scratch, Stream stream) {
+  Geometry& g = arguments.geometry;
+  const StepScratch at(sizes, g);
+  g.ring = scratch + at.ring, g.states = scratch + at.states;
+  const CellKernels& k = kernels(sizes);
+  const runtime::Shape shape{plan.unit_blocks * plan.slices * sizes.directions, threads_of(plan), plan.shared_bytes,
+                             stream};
+  Arguments* const on_device = reinterpret_cast<Arguments*>(scratch + at.arguments);
+  runtime::write_arguments(on_device, arguments, stream);
+  runtime::zero(g.ring, at.states - at.ring, stream);
+  runtime::launch(k.start[sizes.backward], shape, on_device, 0);
+  for (int64_t step = 0; step < sizes.T + sizes.backward; ++step)
+    runtime::launch(k.step[sizes.backward], shape, on_device, step);
 }
 
 void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scratch, Stream stream) {
   Geometry& g = arguments.geometry;
   g = geometry_of(sizes, plan);
+  if (plan.path == Path::per_step) return run_per_step(arguments, sizes, plan, static_cast<char*>(scratch), stream);
   const CellKernels& k = kernels(sizes);
   const Kernel kernel = (plan.path == Path::one_cta ? k.one_cta : k.grid)[sizes.backward];
   runtime::zero(scratch, plan.scratch_bytes, stream);

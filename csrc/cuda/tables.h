@@ -5,6 +5,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "recurrence.h"
+#include "step.h"
 
 namespace fusedrnn::cuda {
 
@@ -13,8 +14,12 @@ constexpr CellKernels kernels_of() {
   using F = ForwardPass<Cell, A>;
   using B = BackwardPass<Cell, A>;
   CellKernels k{};
-  k.one_cta[0] = persistent<F, OneCta>, k.one_cta[1] = persistent<B, OneCta>;
-  k.grid[0] = persistent<F, Grid>, k.grid[1] = persistent<B, Grid>;
+  if constexpr (A::kind != Arithmetic::f64) {  // twice the registers would not leave enough of them for weights
+    k.one_cta[0] = persistent<F, OneCta>, k.one_cta[1] = persistent<B, OneCta>;
+    k.grid[0] = persistent<F, Grid>, k.grid[1] = persistent<B, Grid>;
+  }
+  k.start[0] = start<F>, k.start[1] = start<B>;
+  k.step[0] = step<F>, k.step[1] = step<B>;
   return k;
 }
 

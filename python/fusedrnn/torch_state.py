@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -55,3 +55,28 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def allows_tf32_in_rnn() -> bool:
+    """Whether float32 recurrent networks on CUDA may round what they multiply to tf32."""
+    cudnn = torch.backends.cudnn
+    rnn = getattr(cudnn, "rnn", None)  # torch 2.9
+    return bool(cudnn.allow_tf32) if rnn is None else rnn.fp32_precision == "tf32"
+
+
+def allows_tf32_in_products() -> bool:
+    """Whether float32 matrix products on CUDA may round what they multiply to tf32."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
+def set_tf32_in_products(allowed: bool) -> Callable[[], None]:
+    """Set what ``allows_tf32_in_products`` tells, for all threads; returns a function that puts the setting back."""
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if hasattr(matmul, "fp32_precision") else (
+        "allow_tf32", allowed
+    )
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    return lambda: setattr(matmul, name, before)
