@@ -11,9 +11,7 @@ set_property(CACHE FUSEDRNN_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(FUSEDRNN_CUDA_ARCHITECTURES "" CACHE STRING "GPU targets of the CUDA kernels; empty for all of them")
 
 set(why_no_cuda "")
-if(NOT EXISTS ${CMAKE_SOURCE_DIR}/csrc/bindings/cuda.cpp)  # TEMPORARY until the kernels are here
-  set(why_no_cuda "this release has no CUDA kernels")
-elseif(FUSEDRNN_CUDA STREQUAL "AUTO" OR FUSEDRNN_CUDA STREQUAL "ON")
+if(FUSEDRNN_CUDA STREQUAL "AUTO" OR FUSEDRNN_CUDA STREQUAL "ON")
   include(CheckLanguage)
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
@@ -59,7 +57,7 @@ set(cuda_summary "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${cuda_summary}")
 message(STATUS "CUDA kernels: ${cuda_summary}")
 
 # Everything that the kernels are compiled with is here.
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 add_library(fusedrnn_cuda STATIC ${cuda_sources})
 target_include_directories(fusedrnn_cuda PUBLIC csrc/cuda)
 set_target_properties(fusedrnn_cuda PROPERTIES
@@ -68,9 +66,8 @@ set_target_properties(fusedrnn_cuda PROPERTIES
   CUDA_STANDARD_REQUIRED ON
   CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)  # no libcudart beside torch's own; the driver is loaded at the first call
-target_compile_options(fusedrnn_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
+target_compile_options(fusedrnn_cuda PRIVATE
   -O3
-  -lineinfo              # source lines for the profiler and compute-sanitizer; the code is the same
-  --expt-relaxed-constexpr
-  --threads=2            # two GPU targets at a time
-  -Xcompiler=-Wall,-Wextra>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>
+  # Source lines for the profiler and compute-sanitizer, which leave the code as it is; two GPU targets at a time.
+  $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--threads=2;-Xcompiler=-Wall,-Wextra>)
