@@ -84,7 +84,7 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "plan",
-      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int64_t slice) {
+      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice) {
         return make_plan(sizes, {path, row_groups, k_groups, slice}, device);
       },
       py::arg("sizes"), py::arg("device"), py::arg("path") = Path::automatic, py::arg("row_groups") = 0,

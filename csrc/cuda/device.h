@@ -35,7 +35,7 @@ using f16 = __half;
 
 FUSEDRNN_DEVICE int thread_index() { return threadIdx.x; }
 FUSEDRNN_DEVICE int thread_count() { return blockDim.x; }
-FUSEDRNN_DEVICE int64_t cta_index() { return blockIdx.x; }
+FUSEDRNN_DEVICE int cta_index() { return blockIdx.x; }
 
 // Global memory: `count` elements from `data`.
 template <class T>
@@ -53,11 +53,11 @@ class gptr {
 template <class T>
 class sptr {
  public:
-  FUSEDRNN_DEVICE sptr(int64_t offset, int64_t) {
+  FUSEDRNN_DEVICE sptr(int offset, int) {
     extern __shared__ uint4 memory[];
     data_ = reinterpret_cast<T*>(reinterpret_cast<char*>(memory) + offset);
   }
-  FUSEDRNN_DEVICE T* at(int64_t i) const { return data_ + i; }
+  FUSEDRNN_DEVICE T* at(int i) const { return data_ + i; }
 
  private:
   T* data_;
@@ -72,7 +72,7 @@ FUSEDRNN_DEVICE T load(gptr<T> p, int64_t i) {
   return *p.at(i);
 }
 template <class T>
-FUSEDRNN_DEVICE T load(sptr<T> p, int64_t i) {
+FUSEDRNN_DEVICE T load(sptr<T> p, int i) {
   return *p.at(i);
 }
 template <class T>
@@ -80,7 +80,7 @@ FUSEDRNN_DEVICE void store(gptr<T> p, int64_t i, T value) {
   *p.at(i) = value;
 }
 template <class T>
-FUSEDRNN_DEVICE void store(sptr<T> p, int64_t i, T value) {
+FUSEDRNN_DEVICE void store(sptr<T> p, int i, T value) {
   *p.at(i) = value;
 }
 
@@ -91,12 +91,12 @@ FUSEDRNN_DEVICE Words load_words(gptr<const T> p, int64_t i) {
   return {{v.x, v.y, v.z, v.w}};
 }
 template <class T>
-FUSEDRNN_DEVICE Words load_words(sptr<T> p, int64_t i) {
+FUSEDRNN_DEVICE Words load_words(sptr<T> p, int i) {
   const uint4 v = *reinterpret_cast<const uint4*>(p.at(i));
   return {{v.x, v.y, v.z, v.w}};
 }
 template <class T>
-FUSEDRNN_DEVICE void store_words(sptr<T> p, int64_t i, const Words& v) {
+FUSEDRNN_DEVICE void store_words(sptr<T> p, int i, const Words& v) {
   *reinterpret_cast<uint4*>(p.at(i)) = uint4{v.w[0], v.w[1], v.w[2], v.w[3]};
 }
 // Of memory that other CTAs write during this launch: from the L2 cache, which all share.
@@ -128,7 +128,7 @@ FUSEDRNN_DEVICE void wait_for(gptr<unsigned> counter, unsigned count) {
 
 // Copies 16 aligned bytes to shared memory while the thread goes on.
 template <class T>
-FUSEDRNN_DEVICE void copy_async(sptr<T> to, int64_t i, gptr<const T> from, int64_t k) {
+FUSEDRNN_DEVICE void copy_async(sptr<T> to, int i, gptr<const T> from, int64_t k) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to.at(i)))),
                "l"(from.at(k)));
 }

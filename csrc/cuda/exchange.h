@@ -13,18 +13,18 @@ namespace fusedrnn::cuda {
 template <class Value>
 class OneCta {
  public:
-  FUSEDRNN_DEVICE OneCta(const Geometry& g, int64_t)
+  FUSEDRNN_DEVICE OneCta(const Geometry& g, int)
       : ring_(g.ring_at, 2 * g.ring_rows * values(g)), row_(values(g)), buffer_(g.ring_rows * values(g)) {
     constexpr int per_words = sizeof(Words) / sizeof(Value);
-    for (int64_t i = thread_index(); i < 2 * buffer_ / per_words; i += thread_count())
+    for (int i = thread_index(); i < 2 * buffer_ / per_words; i += thread_count())
       store_words(ring_, i * per_words, Words{});
     sync();
   }
 
-  FUSEDRNN_DEVICE Words read(int64_t step, int64_t row, int64_t value) const {
+  FUSEDRNN_DEVICE Words read(int64_t step, int row, int value) const {
     return load_words(ring_, buffer_of(step) * buffer_ + row * row_ + value);
   }
-  FUSEDRNN_DEVICE void write(int64_t step, int64_t row, int64_t value, Value v) const {
+  FUSEDRNN_DEVICE void write(int64_t step, int row, int value, Value v) const {
     store(ring_, buffer_of(step) * buffer_ + row * row_ + value, v);
   }
 
@@ -34,10 +34,10 @@ class OneCta {
   FUSEDRNN_DEVICE void await(int64_t) const {}
 
  private:
-  FUSEDRNN_DEVICE static int64_t values(const Geometry& g) { return g.ring_row / static_cast<int64_t>(sizeof(Value)); }
+  FUSEDRNN_DEVICE static int values(const Geometry& g) { return g.ring_row / static_cast<int>(sizeof(Value)); }
 
   const sptr<Value> ring_;
-  const int64_t row_, buffer_;
+  const int row_, buffer_;
 };
 
 // CTAs that share a slice's units hand their parts to each other through the L2 cache. Each adds one to a counter when
@@ -46,17 +46,17 @@ class OneCta {
 template <class Value>
 class Grid {
  public:
-  FUSEDRNN_DEVICE Grid(const Geometry& g, int64_t group)
-      : row_(g.ring_row / static_cast<int64_t>(sizeof(Value))),
+  FUSEDRNN_DEVICE Grid(const Geometry& g, int group)
+      : row_(g.ring_row / static_cast<int>(sizeof(Value))),
         buffer_(g.ring_rows * row_),
-        ring_(static_cast<Value*>(g.ring) + group * 2 * buffer_, 2 * buffer_),
+        ring_(static_cast<Value*>(g.ring) + static_cast<int64_t>(group) * 2 * buffer_, 2 * buffer_),
         arrivals_(g.arrivals + group * arrivals_apart, 1),
         ctas_(static_cast<unsigned>(g.unit_blocks)) {}
 
-  FUSEDRNN_DEVICE Words read(int64_t step, int64_t row, int64_t value) const {
+  FUSEDRNN_DEVICE Words read(int64_t step, int row, int value) const {
     return load_words_shared_by_ctas(ring_, buffer_of(step) * buffer_ + row * row_ + value);
   }
-  FUSEDRNN_DEVICE void write(int64_t step, int64_t row, int64_t value, Value v) const {
+  FUSEDRNN_DEVICE void write(int64_t step, int row, int value, Value v) const {
     store(ring_, buffer_of(step) * buffer_ + row * row_ + value, v);
   }
 
@@ -70,7 +70,7 @@ class Grid {
   }
 
  private:
-  const int64_t row_, buffer_;
+  const int row_, buffer_;
   const gptr<Value> ring_;
   const gptr<unsigned> arrivals_;
   const unsigned ctas_;

@@ -26,16 +26,15 @@ static_assert(step_shared_bytes >= step_rows * (step_columns + 1) * 8, "the sums
 struct Geometry {
   int row_groups, k_groups;
   int first_direction;
-  int64_t units, unit_blocks, slice, slices;
-  int64_t blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
-  int64_t ring_row;               // bytes of a sequence in the ring
-  int64_t ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
+  int units, unit_blocks, slice, slices;
+  int blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
+  int ring_row;               // bytes of a sequence in the ring
+  int ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
   void* ring;                     // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
   unsigned* arrivals;             // (directions, slices), zeroed, 128 bytes apart
   void* states;                   // per step: Real (directions, states, B, H)
   // Byte offsets in shared memory.
-  int64_t sums_at, bias_at, states_at, weights_at, ring_at;
-  int64_t shared_bytes;  // altogether
+  int sums_at, bias_at, states_at, weights_at, ring_at;
 };
 constexpr int64_t arrivals_apart = 128 / sizeof(unsigned);
 

@@ -59,11 +59,11 @@ struct Shape {
 };
 
 // Rows of the ring in shared memory lie an odd number of blocks apart, so that eight of them meet in no bank.
-int64_t ring_row_bytes(const Plan& plan) {
+int ring_row_bytes(const Plan& plan) {
   return (plan.path == Path::one_cta ? plan.blocks | 1 : plan.blocks) * block_bytes;
 }
 
-Geometry geometry_of(const Sizes& sizes, const Plan& plan) {
+Geometry geometry_of(const Sizes& sizes, const Plan& plan, int64_t* shared_bytes = nullptr) {
   const Shape shape(sizes);
   const int64_t real = real_bytes(sizes.arithmetic);
   Geometry g{};
@@ -71,12 +71,12 @@ Geometry geometry_of(const Sizes& sizes, const Plan& plan) {
   g.units = plan.units, g.unit_blocks = plan.unit_blocks, g.slice = plan.slice, g.slices = plan.slices;
   g.blocks = plan.blocks, g.shared_blocks = plan.shared_blocks;
   g.ring_row = ring_row_bytes(plan);
-  g.ring_rows = round_up(plan.path == Path::per_step ? sizes.B : plan.slice, columns);
+  g.ring_rows = static_cast<int>(round_up(plan.path == Path::per_step ? sizes.B : plan.slice, columns));
   if (plan.path == Path::per_step) return g;
-  int64_t at = 0;
+  int64_t at = 0;  // more than an int only in plans that are dropped
   const auto take = [&](int64_t bytes) {
-    const int64_t first = at;
-    at += round_up(bytes, static_cast<int64_t>(sizeof(int64_t) * 2));
+    const int first = static_cast<int>(at);
+    at += round_up(bytes, 16);
     return first;
   };
   const int64_t cta_rows = static_cast<int64_t>(plan.row_groups) * shape.tiles * tile_rows;
@@ -86,7 +86,7 @@ Geometry geometry_of(const Sizes& sizes, const Plan& plan) {
   g.ring_at = take(plan.path == Path::one_cta ? 2 * g.ring_rows * g.ring_row : 0);
   g.weights_at = take(static_cast<int64_t>(plan.row_groups) * plan.k_groups * plan.shared_blocks * shape.tiles *
                       tile_rows * block_bytes);
-  g.shared_bytes = at;
+    if (shared_bytes) *shared_bytes = at;
   return g;
 }
 
@@ -141,32 +141,33 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   const Shape shape(sizes);
   const CellKernels& k = kernels(sizes);
   const int64_t value = value_bytes(sizes.arithmetic);
-  plan.units = static_cast<int64_t>(plan.row_groups) * shape.tiles * tile_rows / shape.rows;
-  plan.unit_blocks = ceil_div(sizes.H, plan.units);
+  plan.units = plan.row_groups * shape.tiles * tile_rows / shape.rows;
+  plan.unit_blocks = static_cast<int>(ceil_div(sizes.H, plan.units));
   plan.path = plan.unit_blocks == 1 && wish.path != Path::grid ? Path::one_cta : Path::grid;
   if (wish.path != Path::automatic && wish.path != plan.path) return false;
   if (plan.path == Path::grid && (sizes.T + 2) * plan.unit_blocks > INT32_MAX) return false;
-  plan.blocks = ceil_div(shape.K * value, block_bytes);
+  plan.blocks = static_cast<int>(ceil_div(shape.K * value, block_bytes));
   const Kernel kernel = (plan.path == Path::one_cta ? k.one_cta : k.grid)[sizes.backward];
-  const int64_t most = device.processors / plan.unit_blocks;  // one CTA per processor: each takes all registers
+  const int most = device.processors / plan.unit_blocks;  // one CTA per processor: each takes all registers
   if (most < 1) return false;
   plan.directions_at_once = most >= sizes.directions ? sizes.directions : 1;
-  const int64_t slices = std::min(most / plan.directions_at_once, ceil_div(sizes.B, columns));
-  plan.slice = wish.slice ? wish.slice : round_up(ceil_div(sizes.B, slices), columns);
-  plan.slices = ceil_div(sizes.B, plan.slice);
+  const int64_t slices = std::min<int64_t>(most / plan.directions_at_once, ceil_div(sizes.B, columns));
+  plan.slice = wish.slice ? wish.slice : static_cast<int>(round_up(ceil_div(sizes.B, slices), columns));
+  plan.slices = static_cast<int>(ceil_div(sizes.B, plan.slice));
   plan.shared_blocks = 0;
-  plan.shared_bytes = geometry_of(sizes, plan).shared_bytes;
+  geometry_of(sizes, plan, &plan.shared_bytes);
   const int64_t left = device.shared_bytes - plan.shared_bytes;
   const int64_t over = ceil_div(plan.blocks, plan.k_groups) - held_blocks / shape.tiles;
+  const int64_t shared_block = int64_t{plan.row_groups} * plan.k_groups * shape.tiles * tile_rows * block_bytes;
   if (left < 0) return false;
-  if (over > 0)
-    plan.shared_blocks = std::min(over, left / (plan.row_groups * plan.k_groups * shape.tiles * tile_rows * block_bytes));
-  plan.shared_bytes = geometry_of(sizes, plan).shared_bytes;
+  if (over > 0) plan.shared_blocks = static_cast<int>(std::min(over, left / shared_block));
+  plan.shared_bytes += plan.shared_blocks * shared_block;
   const int64_t ctas = plan.unit_blocks * plan.slices * plan.directions_at_once;
   if (runtime::resident_ctas(kernel, threads_of(plan), plan.shared_bytes, device) < ctas) return false;
   const Geometry g = geometry_of(sizes, plan);
+  if (int64_t{2} * g.ring_rows * g.ring_row > INT32_MAX) return false;  // the kernels count it in ints
   plan.scratch_bytes = arrivals_bytes(plan, sizes.directions) +
-                       (plan.path == Path::grid ? sizes.directions * plan.slices * 2 * g.ring_rows * g.ring_row : 0);
+                       (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
   return true;
 }
 
@@ -176,7 +177,7 @@ struct StepScratch {
   StepScratch(const Sizes& sizes, const Geometry& g) {
     arguments = 0;
     ring = round_up(sizeof(Arguments), block_bytes);
-    states = ring + sizes.directions * 2 * g.ring_rows * g.ring_row;
+    states = ring + int64_t{2} * sizes.directions * g.ring_rows * g.ring_row;
     bytes = states + sizes.directions * Shape(sizes).states * sizes.B * sizes.H * real_bytes(sizes.arithmetic);
   }
 };
@@ -187,11 +188,11 @@ Plan per_step_plan(const Sizes& sizes) {
   plan.path = Path::per_step;
   plan.row_groups = most_warps, plan.k_groups = 1;
   plan.units = step_rows / shape.rows;
-  plan.unit_blocks = ceil_div(sizes.H, plan.units);
+  plan.unit_blocks = static_cast<int>(ceil_div(sizes.H, plan.units));
   plan.slice = step_columns;
-  plan.slices = ceil_div(sizes.B, plan.slice);
+  plan.slices = static_cast<int>(ceil_div(sizes.B, plan.slice));
   plan.directions_at_once = sizes.directions;
-  plan.blocks = ceil_div(shape.K * value_bytes(sizes.arithmetic), block_bytes);
+  plan.blocks = static_cast<int>(ceil_div(shape.K * value_bytes(sizes.arithmetic), block_bytes));
   plan.shared_bytes = step_shared_bytes;
   plan.scratch_bytes = StepScratch(sizes, geometry_of(sizes, plan)).bytes;
   return plan;
@@ -223,7 +224,7 @@ void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scrat
     char* const rings = static_cast<char*>(scratch) + arrivals_bytes(plan, sizes.directions);
     g.first_direction = d;
     g.arrivals = static_cast<unsigned*>(scratch) + d * plan.slices * arrivals_apart;
-    g.ring = rings + d * plan.slices * 2 * g.ring_rows * g.ring_row;
+    g.ring = rings + int64_t{2} * d * plan.slices * g.ring_rows * g.ring_row;
     runtime::launch_cooperative(
         kernel,
         {plan.unit_blocks * plan.slices * plan.directions_at_once, threads_of(plan), plan.shared_bytes, stream},
@@ -239,6 +240,11 @@ int runtime_version() { return runtime::runtime_version(); }
 int driver_version() { return runtime::driver_version(); }
 
 Plan make_plan(const Sizes& sizes, const Wish& wish, int device_index) {
+  constexpr int64_t most_sequences = 1 << 30, most_units = 1 << 24;
+  if (sizes.B > most_sequences || sizes.H > most_units)
+    throw std::runtime_error("a batch of " + std::to_string(sizes.B) + " sequences with " + std::to_string(sizes.H) +
+                             " hidden units is more than the kernels can count (" + std::to_string(most_sequences) +
+                             ", " + std::to_string(most_units) + ")");
   const runtime::CurrentDevice current(device_index);
   const DeviceFacts device = runtime::device_facts(device_index);
   const Shape shape(sizes);

@@ -41,18 +41,18 @@ struct Sizes {
 struct Wish {
   Path path;
   int row_groups, k_groups;  // as in Plan
-  int64_t slice;
+  int slice;
 };
 
 struct Plan {
   Path path;
   int row_groups, k_groups;  // warps of a CTA: these divide its gate rows, those what is summed over
-  int64_t units;             // hidden units of a CTA
-  int64_t unit_blocks;       // CTAs that share the hidden units
-  int64_t slice, slices;     // sequences of a CTA, CTAs that share the sequences
+  int units;                 // hidden units of a CTA
+  int unit_blocks;           // CTAs that share the hidden units
+  int slice, slices;         // sequences of a CTA, CTAs that share the sequences
   int directions_at_once;    // directions in one launch
-  int64_t blocks;            // blocks of 64 bytes in what is summed over
-  int64_t shared_blocks;     // of each warp's blocks of weights those in shared memory; the first ones are in registers
+  int blocks;                // blocks of 64 bytes in what is summed over
+  int shared_blocks;         // of each warp's blocks of weights those in shared memory; the first ones are in registers
   int64_t shared_bytes;      // dynamic shared memory of a CTA
   int64_t scratch_bytes;     // device memory that the caller brings
   std::string why;           // one line for explain()

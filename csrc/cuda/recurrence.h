@@ -27,24 +27,24 @@ class Product {
   static constexpr int block_values = block_bytes / sizeof(Value), word_values = sizeof(Words) / sizeof(Value);
 
  public:
-  FUSEDRNN_DEVICE Product(const Pass& pass, const Geometry& g, int64_t first_unit, int64_t H)
+  FUSEDRNN_DEVICE Product(const Pass& pass, const Geometry& g, int first_unit, int H)
       : g_(g),
         lane_(thread_index() % lanes),
         row_group_(thread_index() / lanes % g.row_groups),
         k_group_(thread_index() / lanes / g.row_groups),
         matrix_(pass.weights()),
         stride_(pass.weights_stride()),
-        in_shared_(g.weights_at + thread_index() / lanes * shared_words() * static_cast<int64_t>(sizeof(Words)),
+        in_shared_(g.weights_at + thread_index() / lanes * shared_words() * static_cast<int>(sizeof(Words)),
                    shared_words()) {
-    const int64_t each = (g.blocks + g.k_groups - 1) / g.k_groups, left = g.blocks - k_group_ * each;
+    const int each = (g.blocks + g.k_groups - 1) / g.k_groups, left = g.blocks - k_group_ * each;
     first_ = k_group_ * each;
     count_ = left < 0 ? 0 : left < each ? left : each;
     FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i)
       FUSEDRNN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = (row_group_ * tiles + i) * tile_rows + half * tile_rows / 2 + lane_ / 4;
-      const int64_t gate = row / g.units, unit = first_unit + row % g.units;
+      const int row = (row_group_ * tiles + i) * tile_rows + half * tile_rows / 2 + lane_ / 4;
+      const int gate = row / g.units, unit = first_unit + row % g.units;
       row_[i][half] = gate < Pass::rows && unit < H ? gate * H + unit : -1;
     }
     FUSEDRNN_UNROLL
@@ -53,7 +53,7 @@ class Product {
         FUSEDRNN_UNROLL
         for (int i = 0; i < tiles; ++i) in_registers_[j][i] = weights(j, i);
       }
-    for (int64_t j = held; j < count_ && j < held + g.shared_blocks; ++j)
+    for (int j = held; j < count_ && j < held + g.shared_blocks; ++j)
       FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i) {
       const Rows rows = weights(j, i);
@@ -62,16 +62,18 @@ class Product {
     }
   }
 
-  // The products of step's ring rows [column, column + 8), to be added up over the k groups by the reader.
+  // The products of step's ring rows [column, column + 8), from place `first` of `sums` on, to be added up over the k
+  // groups by the reader.
   template <class Exchange>
-  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int64_t column, sptr<Real> sums) const {
+  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums,
+                           int first) const {
     Real c[tiles][A::sums];
     FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i)
       FUSEDRNN_UNROLL
     for (int s = 0; s < A::sums; ++s) c[i][s] = Real(0);
 
-    const auto ring = [&](int64_t j) {
+    const auto ring = [&](int j) {
       return A::columns_from(lane_, [&](int n) {
         return exchange.read(step, column + n, (first_ + j) * block_values + lane_ % 4 * word_values);
       });
@@ -91,8 +93,8 @@ class Product {
           for (int i = 0; i < tiles; ++i) A::multiply(c[i], in_registers_[j + k][i], h[k]);
         }
     }
-    const int64_t on_chip = held + g_.shared_blocks;
-    for (int64_t j = held; j < count_; ++j) {
+    const int on_chip = held + g_.shared_blocks;
+    for (int j = held; j < count_; ++j) {
       const typename A::Columns h = ring(j);
       FUSEDRNN_UNROLL
       for (int i = 0; i < tiles; ++i) {
@@ -103,25 +105,25 @@ class Product {
       }
     }
 
-    const int64_t rows = g_.row_groups * tiles * tile_rows;
+    const int rows = g_.row_groups * tiles * tile_rows;
     FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i) {
       Real result[tile_sums];
       A::finish(result, c[i], lane_);
-      const int64_t row = k_group_ * rows + (row_group_ * tiles + i) * tile_rows + lane_ / 4;
+      const int row = k_group_ * rows + (row_group_ * tiles + i) * tile_rows + lane_ / 4;
       FUSEDRNN_UNROLL
       for (int s = 0; s < tile_sums; ++s)
-        store(sums, (row + s / 2 * tile_rows / 2) * sums_row + lane_ % 4 * 2 + s % 2, result[s]);
+        store(sums, first + (row + s / 2 * tile_rows / 2) * sums_row + lane_ % 4 * 2 + s % 2, result[s]);
     }
   }
 
  private:
-  FUSEDRNN_DEVICE int64_t shared_words() const { return g_.shared_blocks * tiles * 2 * lanes; }
-  FUSEDRNN_DEVICE int64_t shared_place(int64_t j, int i) const { return ((j - held) * tiles + i) * 2 * lanes + lane_; }
+  FUSEDRNN_DEVICE int shared_words() const { return g_.shared_blocks * tiles * 2 * lanes; }
+  FUSEDRNN_DEVICE int shared_place(int j, int i) const { return ((j - held) * tiles + i) * 2 * lanes + lane_; }
 
   // From global memory: this thread's share of the warp's j-th block of tile i.
-  FUSEDRNN_DEVICE Rows weights(int64_t j, int i) const {
-    const int64_t value = (first_ + j) * block_values + lane_ % 4 * word_values;
+  FUSEDRNN_DEVICE Rows weights(int j, int i) const {
+    const int value = (first_ + j) * block_values + lane_ % 4 * word_values;
     Rows rows{};
     if (row_[i][0] >= 0) rows.low = load_words(matrix_, row_[i][0] * stride_ + value);
     if (row_[i][1] >= 0) rows.high = load_words(matrix_, row_[i][1] * stride_ + value);
@@ -133,8 +135,8 @@ class Product {
   const gptr<const Value> matrix_;
   const int64_t stride_;
   const sptr<Words> in_shared_;
-  int64_t first_, count_;  // blocks of this warp
-  int64_t row_[tiles][2];  // of the matrix; -1 where there is none
+  int first_, count_;  // blocks of this warp
+  int row_[tiles][2];  // of the matrix; -1 where there is none
   Rows in_registers_[held][tiles];
 };
 
@@ -144,47 +146,47 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   using Value = typename Pass::Value;
   using Real = typename Pass::Real;
   const Geometry& g = arguments.geometry;
-  const int64_t unit_block = cta_index() % g.unit_blocks, group = cta_index() / g.unit_blocks;
-  const int64_t slice = group % g.slices;
-  const Pass pass(arguments, g.first_direction + static_cast<int>(group / g.slices));
-  const Sequence& seq = pass.sequence();
-  const int64_t first_unit = unit_block * g.units, first_row = slice * g.slice;
-  const int64_t rows_here = seq.B - first_row < g.slice ? seq.B - first_row : g.slice;
-  const int64_t sums_count = g.k_groups * g.row_groups * Pass::tiles * tile_rows * sums_row;
+  const int unit_block = cta_index() % g.unit_blocks, group = cta_index() / g.unit_blocks;
+  const int slice = group % g.slices;
+  const Pass pass(arguments, g.first_direction + group / g.slices);
+  const int64_t B = pass.sequence().B;
+  const int H = static_cast<int>(pass.sequence().H);
+  const int first_unit = unit_block * g.units, first_row = slice * g.slice;
+  const int rows_here = B - first_row < g.slice ? static_cast<int>(B) - first_row : g.slice;
+  const int sums_count = g.k_groups * g.row_groups * Pass::tiles * tile_rows * sums_row;
 
-  const sptr<Real> sums[2] = {{g.sums_at, sums_count},
-                              {g.sums_at + sums_count * static_cast<int64_t>(sizeof(Real)), sums_count}};
+  const sptr<Real> sums(g.sums_at, 2 * sums_count);
   const sptr<Real> bias(g.bias_at, Pass::rows * g.units);
   const sptr<Real> states(g.states_at, Pass::states * g.slice * g.units);
   const Exchange<Value> exchange(g, group);
-  const Product<Pass> product(pass, g, first_unit, seq.H);
+  const Product<Pass> product(pass, g, first_unit, H);
 
-  for (int64_t i = thread_index(); i < Pass::rows * g.units; i += thread_count())
-    if (first_unit + i % g.units < seq.H)
-      store(bias, i, pass.bias(static_cast<int>(i / g.units), first_unit + i % g.units));
+  for (int i = thread_index(); i < Pass::rows * g.units; i += thread_count())
+    if (first_unit + i % g.units < H)
+      store(bias, i, pass.bias(i / g.units, first_unit + i % g.units));
 
   // The threads share the slice's (unit, sequence) pairs of eight sequences at a time, neighbours having neighbouring
   // units. With u units there are 8 u pairs, and rows * u <= row groups * tiles * 16.
   constexpr int most = (Pass::tiles * tile_rows * columns + Pass::rows * lanes - 1) / (Pass::rows * lanes);
-  const auto each = [&](int64_t column, auto&& f) {
+  const auto each = [&](int column, auto&& f) {
     FUSEDRNN_UNROLL
     for (int e = 0; e < most; ++e) {
-      const int64_t pair = thread_index() + e * thread_count();
-      const int64_t unit = pair % g.units, row = column + pair / g.units;
-      if (pair < columns * g.units && first_unit + unit < seq.H && row < rows_here) f(e, unit, row);
+      const int pair = thread_index() + e * thread_count();
+      const int unit = pair % g.units, row = column + pair / g.units;
+      if (pair < columns * g.units && first_unit + unit < H && row < rows_here) f(e, unit, row);
     }
   };
-  const auto state_at = [&](int s, int64_t unit, int64_t row) { return (s * g.slice + row) * g.units + unit; };
-  const auto leave = [&](int64_t step, int64_t unit, int64_t row, const Real(&state)[Pass::states],
+  const auto state_at = [&](int s, int unit, int row) { return (s * g.slice + row) * g.units + unit; };
+  const auto leave = [&](int64_t step, int unit, int row, const Real(&state)[Pass::states],
                          const Value(&ring)[Pass::rings]) {
     FUSEDRNN_UNROLL
     for (int s = 0; s < Pass::states; ++s) store(states, state_at(s, unit, row), state[s]);
     FUSEDRNN_UNROLL
-    for (int k = 0; k < Pass::rings; ++k) exchange.write(step, row, k * seq.H + first_unit + unit, ring[k]);
+    for (int k = 0; k < Pass::rings; ++k) exchange.write(step, row, k * H + first_unit + unit, ring[k]);
   };
 
-  for (int64_t column = 0; column < rows_here; column += columns)
-    each(column, [&](int, int64_t unit, int64_t row) {
+  for (int column = 0; column < rows_here; column += columns)
+    each(column, [&](int, int unit, int row) {
       Real state[Pass::states];
       Value ring[Pass::rings];
       pass.begin(first_unit + unit, first_row + row, state, ring);
@@ -195,28 +197,28 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   int64_t turn = 0;
   for (int64_t step = 0; step < pass.steps(); ++step) {
     typename Pass::Fetched fetched[most];
-    const auto fetch = [&](int64_t column) {
-      each(column, [&](int e, int64_t unit, int64_t row) {
+    const auto fetch = [&](int column) {
+      each(column, [&](int e, int unit, int row) {
         fetched[e] = pass.fetch(step, first_unit + unit, first_row + row);
       });
     };
     fetch(0);
     exchange.await(step);
-    for (int64_t column = 0; column < rows_here; column += columns, ++turn) {
+    for (int column = 0; column < rows_here; column += columns, ++turn) {
       if (column > 0) fetch(column);
       // The buffer's last readers have met the others at the barrier of the turn between.
-      const sptr<Real> part = sums[buffer_of(turn)];
-      product.run(exchange, step, column, part);
+      const int part = buffer_of(turn) * sums_count;
+      product.run(exchange, step, column, sums, part);
       sync();
-      each(column, [&](int e, int64_t unit, int64_t row) {
+      each(column, [&](int e, int unit, int row) {
         Real total[Pass::rows], state[Pass::states];
         Value ring[Pass::rings];
         FUSEDRNN_UNROLL
         for (int r = 0; r < Pass::rows; ++r) {
-          const int64_t first = (r * g.units + unit) * sums_row + row - column;
+          const int first = part + (r * g.units + unit) * sums_row + row - column;
           total[r] = load(bias, r * g.units + unit);
           for (int k = 0; k < g.k_groups; ++k)
-            total[r] += load(part, k * g.row_groups * Pass::tiles * tile_rows * sums_row + first);
+            total[r] += load(sums, k * g.row_groups * Pass::tiles * tile_rows * sums_row + first);
         }
         FUSEDRNN_UNROLL
         for (int s = 0; s < Pass::states; ++s) state[s] = load(states, state_at(s, unit, row));

@@ -19,18 +19,19 @@ struct StepPlace {
   const int direction;
   const Pass pass;
   const Sequence& seq;
-  const int64_t first_unit, first_row, row_values, buffer_values;
+  const int first_unit, first_row;
+  const int64_t row_values, buffer_values;
   const gptr<Value> ring;  // (2, ring_rows, row_values) of this direction
   const gptr<Real> states;
 
   FUSEDRNN_DEVICE explicit StepPlace(const Arguments& a)
       : g(a.geometry),
-        direction(static_cast<int>(cta_index() / g.unit_blocks / g.slices)),
+        direction(cta_index() / g.unit_blocks / g.slices),
         pass(a, direction),
         seq(pass.sequence()),
         first_unit(cta_index() % g.unit_blocks * g.units),
         first_row(cta_index() / g.unit_blocks % g.slices * g.slice),
-        row_values(g.ring_row / static_cast<int64_t>(sizeof(Value))),
+        row_values(g.ring_row / static_cast<int>(sizeof(Value))),
         buffer_values(g.ring_rows * row_values),
         ring(static_cast<Value*>(g.ring) + direction * 2 * buffer_values, 2 * buffer_values),
         states(static_cast<Real*>(g.states), seq.directions * Pass::states * seq.B * seq.H) {}
@@ -38,18 +39,18 @@ struct StepPlace {
   // Calls f(unit, row), relative to the CTA's first, for what the CTA's threads have to compute.
   template <class F>
   FUSEDRNN_DEVICE void each(F&& f) const {
-    for (int64_t pair = thread_index(); pair < g.units * g.slice; pair += thread_count()) {
-      const int64_t unit = pair % g.units, row = pair / g.units;
+    for (int pair = thread_index(); pair < g.units * g.slice; pair += thread_count()) {
+      const int unit = pair % g.units, row = pair / g.units;
       if (first_unit + unit < seq.H && first_row + row < seq.B) f(unit, row);
     }
   }
 
-  FUSEDRNN_DEVICE int64_t state_at(int s, int64_t unit, int64_t row) const {
+  FUSEDRNN_DEVICE int64_t state_at(int s, int unit, int row) const {
     return ((direction * Pass::states + s) * seq.B + first_row + row) * seq.H + first_unit + unit;
   }
 
   // What the next step needs.
-  FUSEDRNN_DEVICE void leave(int64_t step, int64_t unit, int64_t row, const Real (&state)[Pass::states],
+  FUSEDRNN_DEVICE void leave(int64_t step, int unit, int row, const Real (&state)[Pass::states],
                              const Value (&values)[Pass::rings]) const {
     FUSEDRNN_UNROLL
     for (int s = 0; s < Pass::states; ++s) store(states, state_at(s, unit, row), state[s]);
@@ -64,7 +65,7 @@ template <class Pass>
 FUSEDRNN_KERNEL(most_warps* lanes)
 start(const Arguments* arguments, int64_t step) {
   const StepPlace<Pass> at(constant(arguments));
-  at.each([&](int64_t unit, int64_t row) {
+  at.each([&](int unit, int row) {
     typename Pass::Real state[Pass::states];
     typename Pass::Value ring[Pass::rings];
     at.pass.begin(at.first_unit + unit, at.first_row + row, state, ring);
@@ -98,8 +99,8 @@ step(const Arguments* arguments, int64_t step) {
       const int row = piece / words % stage_rows;
       const int64_t block = stage * step_blocks + piece / words / stage_rows;
       const int64_t value = (block * words + piece % words) * word_values;
-      const int64_t to = stage % step_stages * stage_values + piece * word_values;
-      const int64_t gate = row / g.units, unit = at.first_unit + row % g.units, sequence = at.first_row + row - step_rows;
+      const int to = static_cast<int>(stage % step_stages) * stage_values + piece * word_values;
+      const int gate = row / g.units, unit = at.first_unit + row % g.units, sequence = at.first_row + row - step_rows;
       if (block >= g.blocks)
         store_words(stages, to, Words{});
       else if (row >= step_rows && sequence < g.ring_rows)
@@ -130,7 +131,7 @@ step(const Arguments* arguments, int64_t step) {
     FUSEDRNN_UNROLL
     for (int block = 0; block < step_blocks; ++block) {
       const auto words_of = [&](int row) {
-        return load_words(stages, stage % step_stages * stage_values +
+        return load_words(stages, static_cast<int>(stage % step_stages) * stage_values +
                                       ((block * stage_rows + row) * words + lane % 4) * word_values);
       };
       const int row = row_tile * tile_rows + lane / 4;
@@ -159,8 +160,8 @@ step(const Arguments* arguments, int64_t step) {
             result[s]);
   }
   sync();
-  at.each([&](int64_t unit, int64_t row) {
-    const int64_t u = at.first_unit + unit, b = at.first_row + row;
+  at.each([&](int unit, int row) {
+    const int u = at.first_unit + unit, b = at.first_row + row;
     Real total[Pass::rows], state[Pass::states];
     Value values[Pass::rings];
     FUSEDRNN_UNROLL

@@ -332,7 +332,7 @@ void launch(int64_t ctas, int threads, int64_t shared_bytes, const std::function
 
 int thread_index() { return machine->current->index; }
 int thread_count() { return machine->threads; }
-int64_t cta_index() { return machine->current->cta; }
+int cta_index() { return static_cast<int>(machine->current->cta); }
 
 bool faulty(Fault kind) {
   if (settings().fault != kind) return false;

@@ -52,7 +52,7 @@ void launch(int64_t ctas, int threads, int64_t shared_bytes, const std::function
 
 int thread_index();
 int thread_count();
-int64_t cta_index();
+int cta_index();
 
 bool faulty(Fault kind);  // whether this call of this thread is the one to break
 void access_global(const void* p, size_t bytes, bool write, const Site& site);
