@@ -3,7 +3,7 @@
 #   FUSEDRNN_CUDA                AUTO: if a working nvcc is found; ON: or the build fails; OFF
 #   FUSEDRNN_CUDA_ARCHITECTURES  as CMake's CUDA_ARCHITECTURES, such as 90a-real; by default every GPU from sm_80 on
 #
-# nvcc is sought on PATH and in CUDACXX; docs/building.md tells how to get it.
+# nvcc is sought in CUDACXX, on PATH, in CUDA_PATH and in /usr/local/cuda; docs/building.md tells how to get it.
 # Sets why_no_cuda to the reason why they are not built, empty if they are.
 
 set(FUSEDRNN_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc is found), ON or OFF")
@@ -12,10 +12,18 @@ set(FUSEDRNN_CUDA_ARCHITECTURES "" CACHE STRING "GPU targets of the CUDA kernels
 
 set(why_no_cuda "")
 if(FUSEDRNN_CUDA STREQUAL "AUTO" OR FUSEDRNN_CUDA STREQUAL "ON")
+  if(NOT DEFINED ENV{CUDACXX})
+    find_program(FUSEDRNN_NVCC nvcc PATHS ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
+    if(FUSEDRNN_NVCC)
+      set(ENV{CUDACXX} ${FUSEDRNN_NVCC})
+    endif()
+  endif()
   include(CheckLanguage)
   check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER)
-    set(why_no_cuda "no working nvcc was found on PATH or in CUDACXX when fusedrnn was built")
+  if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
+    set(why_no_cuda "the nvcc $ENV{CUDACXX} did not work when fusedrnn was built")
+  elseif(NOT CMAKE_CUDA_COMPILER)
+    set(why_no_cuda "no nvcc was found when fusedrnn was built")
   else()
     # The targets are the library's own, and the toolkit may not know all of them: none for CMake's trial program.
     set(CMAKE_CUDA_ARCHITECTURES OFF)
@@ -66,8 +74,14 @@ set_target_properties(fusedrnn_cuda PROPERTIES
   CUDA_STANDARD_REQUIRED ON
   CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)  # no libcudart beside torch's own; the driver is loaded at the first call
+# The smaller form of machine code (a seventh) is one that drivers older than CUDA 12.4 cannot read, and CUDA 13 needs
+# newer drivers anyway.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13)
+  set(compressed -Xfatbin=-compress-all)
+else()
+  set(compressed --compress-mode=size)
+endif()
 target_compile_options(fusedrnn_cuda PRIVATE
   -O3
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>
-  # Source lines for the profiler and compute-sanitizer, which leave the code as it is; two GPU targets at a time.
-  $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--threads=2;-Xcompiler=-Wall,-Wextra>)
+  $<$<COMPILE_LANGUAGE:CUDA>:${compressed};--threads=2;-Xcompiler=-Wall,-Wextra>)  # two GPU targets at a time

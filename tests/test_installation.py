@@ -88,7 +88,9 @@ class TestLoad:
             del sys.modules[module]
 
     def record(self, package, not_built):
-        (package / "_build_record.py").write_text(f"BUILT_WITH = 'GNU 12'\nNOT_BUILT = {not_built!r}\n")
+        (package / "_build_record.py").write_text(
+            f"BUILT_WITH = 'GNU 12'\nCOMMIT = 'c0ffee'\nNOT_BUILT = {not_built!r}\n"
+        )
 
     def test_there(self, package):
         (package / "_cpu.py").touch()
@@ -102,12 +104,14 @@ class TestLoad:
             "the compiled module is missing: this copy of fusedrnn was never compiled",
         )
         assert installation.built_with() == ""
+        assert installation.commit() is None
 
     def test_left_out(self, package):
         self.record(package, {"_cuda": "no nvcc"})
         assert installation.load("_cuda") == (None, "the compiled module is missing: no nvcc")
         assert installation.load("_cpu")[1].endswith("it was built, but is no longer there")
         assert installation.built_with() == "GNU 12"
+        assert installation.commit() == "c0ffee"
 
     def test_unloadable(self, package):
         (package / f"_cpu{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")

@@ -35,6 +35,12 @@ def built_with() -> str:
     return "" if record is None else str(record.BUILT_WITH)
 
 
+def commit() -> str | None:
+    """The commit that this copy was built from, ``-dirty`` if files differed; None if the build did not know."""
+    record = _record()
+    return None if record is None else record.COMMIT or None
+
+
 def _record() -> ModuleType | None:
     """What the build wrote about itself: CMake from build_record.py.in, or, where CMake failed, pyproject.toml."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, installation
 from ..engines import cpu
 from ..report import explain, info
 from .grid import ALL_SHAPES, GPU_KINDS, KINDS, PRECISIONS, Shape
@@ -256,7 +256,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "fusedrnn": __version__,
         "isa": "no compiled module" if cpu._cpu is None else cpu._cpu.isa(),
-        "commit": commit(),
+        "commit": _commit() or installation.commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -270,7 +270,7 @@ def _caches() -> dict[str, str]:
     return sizes
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """The commit that this package was run from, ``-dirty`` if files differ; None outside a checkout of it."""
     here = Path(__file__).parent
 
