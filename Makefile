@@ -11,7 +11,7 @@ TEST_GPU := 90a-real
 GPU_SITE := build/gpu/site
 ON_GPU := PYTHONPATH=$(GPU_SITE) $(PYTHON)
 SHARD ?= 1/4
-MINUTES ?= 6
+MINUTES ?= 5
 
 .PHONY: demo test test-full sanitize bench lint format verify wheel wheel-check gpu-build gpu-check gpu-bench clean
 .DELETE_ON_ERROR:

@@ -102,8 +102,10 @@ def allows_tf32_in_products() -> bool:
 def set_tf32_in_products(allowed: bool) -> Callable[[], None]:
     """Set what ``allows_tf32_in_products`` tells, for all threads; returns a function that puts the setting back."""
     matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if hasattr(matmul, "fp32_precision") else (
-        "allow_tf32", allowed
+    name, value = (
+        ("fp32_precision", "tf32" if allowed else "ieee")
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", allowed)
     )
     before = getattr(matmul, name)
     setattr(matmul, name, value)
