@@ -15,9 +15,9 @@ from fusedrnn.gpus import describe_gpus, describe_paths
 class Engine:
     """Plans as narrow ones do on one CTA, wider ones on many; backward gives up the grid earlier; f64 has one path."""
 
-    def plan(self, device, cell, arithmetic, T, B, H, directions, backward):
+    def plan(self, device, cell, arithmetic, time, batch, width, directions, backward):
         widest = 512 if backward else 1024
-        name = "per_step" if H > widest or arithmetic == "f64" else "one_cta" if H <= 64 else "grid"
+        name = "per_step" if width > widest or arithmetic == "f64" else "one_cta" if width <= 64 else "grid"
         return SimpleNamespace(native=SimpleNamespace(path=SimpleNamespace(name=name)))
 
 
