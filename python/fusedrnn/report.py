@@ -136,7 +136,6 @@ def info() -> Info:
             states["cpu"] = f"ready, {engines.cpu._cpu.isa()} (this machine runs: {supported})"
         except RuntimeError as error:
             states["cpu"] = f"unavailable: {error}"
-    states["cuda"] = "unavailable: no CUDA kernels in this release; GPU tensors go to stock torch"
     return Info(
         versions={"fusedrnn": __version__, "torch": torch.__version__, "python": platform.python_version()},
         processor=_processor(),
