@@ -26,16 +26,11 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
+from ..installation import load
 from ..torch_state import allows_tf32_in_products, allows_tf32_in_rnn, set_tf32_in_products
 from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 
-_cuda: ModuleType | None
-try:
-    from .. import _cuda  # type: ignore[attr-defined,no-redef]
-
-    _import_error = ""
-except ImportError as error:
-    _cuda, _import_error = None, str(error)
+_cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
@@ -438,7 +433,7 @@ class _Tokens:
 
 def _why_unavailable(module: ModuleType | None) -> str | None:
     if module is None:
-        return f"the compiled module is missing ({_import_error})"
+        return _missing
     if module.device_count() == 0:
         return "no GPU, or a driver too old for the CUDA runtime of this build"
     return None
