@@ -9,6 +9,7 @@ import torch
 
 import fusedrnn
 from fusedrnn.cells import CELLS
+from fusedrnn.engines.cuda import CudaEngine
 from fusedrnn.gpus import describe_gpus, describe_paths
 
 
@@ -53,3 +54,15 @@ def test_info_lists_them(a_gpu):
 def test_without_a_gpu():
     assert describe_gpus() == {}
     assert fusedrnn.info().paths == {}
+
+
+class TestWhyThereAreNoKernels:
+    def why(self, runtime, driver):
+        module = SimpleNamespace(device_count=lambda: 0, versions=lambda: (runtime, driver))
+        return CudaEngine(module).available()
+
+    def test_no_gpu(self):
+        assert self.why(13000, 0) == self.why(12080, 13000) == "no GPU"
+
+    def test_old_driver(self):
+        assert "driver is for CUDA 12, the kernels were built with CUDA 13" in self.why(13000, 12080)

@@ -151,15 +151,15 @@ def info() -> Info:
             states["cpu"] = f"ready, {engines.cpu._cpu.isa()} (this machine runs: {supported})"
         except RuntimeError as error:
             states["cpu"] = f"unavailable: {error}"
-    cuda = engines.ENGINES.get("cuda")
+    gpus, cuda = describe_gpus(), engines.ENGINES["cuda"]
     return Info(
         versions={"fusedrnn": __version__, "torch": torch.__version__, "python": platform.python_version()},
         compiled=installation.built_with(),
         processor=_processor(),
         threads=torch.get_num_threads(),
-        gpus=describe_gpus(),
+        gpus=gpus,
         engines=states,
-        paths=describe_paths(cuda, torch.cuda.current_device()) if states.get("cuda") == "ready" else {},
+        paths=describe_paths(cuda, torch.cuda.current_device()) if gpus and states["cuda"] == "ready" else {},
     )
 
 

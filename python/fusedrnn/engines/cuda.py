@@ -435,7 +435,12 @@ def _why_unavailable(module: ModuleType | None) -> str | None:
     if module is None:
         return _missing
     if module.device_count() == 0:
-        return "no GPU, or a driver too old for the CUDA runtime of this build"
+        runtime, driver = (version // 1000 for version in module.versions())
+        if 0 < driver < runtime:
+            return (
+                f"the GPU's driver is for CUDA {driver}, the kernels were built with CUDA {runtime}: update the driver"
+            )
+        return "no GPU"
     return None
 
 
