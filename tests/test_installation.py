@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,30 @@ def test_development_and_releases_do_not_fall_back(source, tmp_path, hook, envir
     assert result.returncode != 0
     assert "CMake configuration failed" in result.stdout + result.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "good", "said"),
+    [
+        ("AUTO", True, r"CUDA kernels: not built: the nvcc \S+ did not work"),
+        ("OFF", True, r"CUDA kernels: not built: fusedrnn was built with FUSEDRNN_CUDA=OFF"),
+        ("ON", False, r"FUSEDRNN_CUDA is ON, but the nvcc \S+ did not work"),
+        ("maybe", False, r"FUSEDRNN_CUDA is 'maybe', expected AUTO, ON or OFF"),
+    ],
+)
+def test_cuda_kernels_are_left_out_visibly(tmp_path, wanted, good, said):
+    broken = shutil.which("false")
+    result = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DFUSEDRNN_CUDA={wanted}"],
+        env=os.environ | {"CUDACXX": broken, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    text = " ".join((result.stdout + result.stderr).split())  # CMake breaks long lines
+    assert (result.returncode == 0) is good, text
+    assert re.search(said, text), text
 
 
 class TestLoad:
