@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the deselection of those marked ``full``."""
+"""Fixtures of all tests, and the deselection of those marked ``full``, and of those marked ``gpu`` without a GPU."""
 
 from __future__ import annotations
 
@@ -27,12 +27,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``-m`` leave out the tests marked ``full``."""
-    if not config.option.markexpr:
-        left_out = [item for item in items if "full" in item.keywords]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if "full" not in item.keywords]
+    """Without ``-m`` leave out the tests marked ``full``, without a GPU those marked ``gpu``.
+
+    Whatever has a case or a target on a GPU among its parameters is marked here.
+    """
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(getattr(getattr(value, "target", value), "device", None) == "cuda" for value in parameters):
+            item.add_marker("gpu")
+    leave_out = {"full"} if not config.option.markexpr else set()
+    leave_out |= set() if torch.cuda.is_available() else {"gpu"}
+    left_out = [item for item in items if leave_out & set(item.keywords)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not leave_out & set(item.keywords)]
 
 
 @pytest.fixture(autouse=True)

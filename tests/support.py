@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn.torch_state import tf32_in_rnns
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ENGINES = tuple(name for name, state in fusedrnn.info().engines.items() if state.startswith("ready"))
+_READY = tuple(name for name, state in fusedrnn.info().engines.items() if state.startswith("ready"))
+ENGINES = tuple(name for name in _READY if name != "cuda")  # those for tensors on the CPU
 MODULES = ("RNN", "LSTM", "GRU")
 CELL_MODULES = ("RNNCell", "LSTMCell", "GRUCell")
 
@@ -55,10 +57,16 @@ class Target:
     def __str__(self) -> str:
         return self.engine if self.isa is None else f"{self.engine}.{self.isa}"
 
+    @property
+    def device(self) -> str:
+        """Where its tensors are."""
+        return "cuda" if self.engine == "cuda" else "cpu"
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Everything inside the block runs on it."""
-        with fusedrnn.engine(self.engine), instruction_set(self.isa) if self.isa else nullcontext():
+        """Everything inside the block runs on it, float32 in full precision."""
+        isa = instruction_set(self.isa) if self.isa else nullcontext()
+        with fusedrnn.engine(self.engine), isa, tf32_in_rnns(False):
             yield
 
 
@@ -76,7 +84,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 def _targets() -> Iterator[Target]:
-    for engine in ENGINES:
+    for engine in _READY:
         if engine == "cpu":
             from fusedrnn import _cpu
 
@@ -153,7 +161,8 @@ class Case:
         name = self.cell.split("_")[0].upper()
         own = {"nonlinearity": self.cell.removeprefix("rnn_")} if name == "RNN" else {}
         if self.layout.endswith("cell"):
-            return getattr(fusedrnn, f"{name}Cell")(self.I, self.H, self.bias, dtype=self.dtype, **own)
+            own |= {"dtype": self.dtype, "device": self.target.device}
+            return getattr(fusedrnn, f"{name}Cell")(self.I, self.H, self.bias, **own)
         if self.projected:
             own["proj_size"] = self.width
         return getattr(fusedrnn, name)(
@@ -164,6 +173,7 @@ class Case:
             batch_first=self.batch_first,
             bidirectional=self.directions == 2,
             dtype=self.dtype,
+            device=self.target.device,
             **own,
         )
 
@@ -201,7 +211,8 @@ def call_of(module: torch.nn.Module, *batch: int, **options: Any) -> tuple[Tenso
     Args:
         batch: (T, B) or (T,) for a sequence module, (B,) or nothing for a cell.
     """
-    options = {"dtype": next(module.parameters()).dtype} | options
+    like = next(module.parameters())
+    options = {"dtype": like.dtype, "device": like.device} | options
     if isinstance(module, torch.nn.RNNBase):
         states: tuple[int, ...] = (module.num_layers * (2 if module.bidirectional else 1), *batch[1:])
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
@@ -254,7 +265,7 @@ def run_script(script: str, timeout: float = 120, **environment: str) -> subproc
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
+    return tensor.detach().cpu().double().numpy()
 
 
 def error_of(got: np.ndarray, want: np.ndarray) -> float:
@@ -267,12 +278,14 @@ def assert_near(name: str, got: np.ndarray, want: np.ndarray, allowed: float) ->
     assert error <= allowed, f"{name} is off by {error:.3g}, {allowed:.3g} are allowed"
 
 
-def random_leaf(*shape: int, dtype: torch.dtype, strided: bool, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def random_leaf(
+    *shape: int, dtype: torch.dtype, strided: bool, scale: float = 1.0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """A random tensor that wants a gradient, and how a module gets it: itself, or a copy with gaps in its memory."""
-    leaf = (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
+    leaf = (scale * torch.randn(*shape, dtype=torch.float64)).to(device, dtype).requires_grad_()
     if not strided:
         return leaf, leaf
-    gapped = torch.zeros(*(2 * n for n in shape), dtype=dtype)
+    gapped = torch.zeros(*(2 * n for n in shape), dtype=dtype, device=device)
     view = gapped[tuple(slice(None, None, 2) for _ in shape)]
     return leaf, view.copy_(leaf)
 
@@ -295,10 +308,11 @@ def check(case: Case) -> None:
 
     # Wide input to few units saturates them, and gradients through 1 - tanh^2 are then all rounding error.
     scale = min(1.0, (case.H / case.I) ** 0.5)
-    x, x_given = random_leaf(case.T, batch, case.I, dtype=case.dtype, strided=case.strided, scale=scale)
-    h0 = [random_leaf(states, batch, width, dtype=case.dtype, strided=case.strided) for width in widths if case.hx]
-    d_output = torch.randn(case.T, batch, case.directions * case.width, dtype=case.dtype)
-    d_final = [torch.randn(states, batch, width, dtype=case.dtype) for width in widths]
+    place: dict[str, Any] = {"dtype": case.dtype, "device": case.target.device}
+    x, x_given = random_leaf(case.T, batch, case.I, strided=case.strided, scale=scale, **place)
+    h0 = [random_leaf(states, batch, width, strided=case.strided, **place) for width in widths if case.hx]
+    d_output = torch.randn(case.T, batch, case.directions * case.width, **place)
+    d_final = [torch.randn(states, batch, width, **place) for width in widths]
     if case.loss == "output":
         d_final = [torch.zeros_like(d) for d in d_final]
     if case.loss == "final":

@@ -24,3 +24,7 @@
 #else
 #define FUSEDRNN_CELL static inline __attribute__((always_inline))
 #endif
+
+namespace fusedrnn {
+enum class CellKind { rnn_tanh, rnn_relu, lstm, gru, count };
+}

@@ -7,14 +7,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../cells/cell.h"
+
 // Included by translation units compiled for different processors, which must not share an out-of-line copy.
 #define FUSEDRNN_ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace fusedrnn {
 
 constexpr int max_states = 2, max_directions = 2;
-
-enum class CellKind { rnn_tanh, rnn_relu, lstm, gru, count };
 
 // Which tokens exist. Dense: every sequence has T steps. Packed (torch's PackedSequence): `sizes[t]` sequences, the
 // first ones, are active at step t; sizes never rise. Active rows at a step are always the first ones.

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedrnn info | verify | demo | bench``."""
+"""The command line: ``python -m fusedrnn info | verify | demo | bench | bench-gpu``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import __version__, info
-from .bench.grid import CELLS, DTYPES, MODES, SECTIONS, SHAPES, USUAL_CELLS
+from .bench.grid import CELLS, DTYPES, MODES, SECTIONS, SHAPES, TELLING, USUAL_CELLS
+from .engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Exit status when a command cannot run for want of an optional package; 1 means that it ran and found a fault.
+#: Exit status when a command cannot run for want of an optional package or a GPU; 1: it ran and found a fault.
 _CANNOT_RUN = 2
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for ``sys.argv``'s.
 
     Returns:
-        exit status: 0, 1 if the command found a fault, 2 if an optional package is missing.
+        exit status: 0, 1 if the command found a fault, 2 if an optional package or the GPU is missing.
     """
     options = _parser().parse_args(arguments)
     missing = _missing(options.needs)
@@ -57,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info, needs=())
 
     command = commands.add_parser("verify", help="check outputs and gradients of every engine on this machine")
-    command.set_defaults(run=_verify, needs=("rich",))
+    command.add_argument("--engines", type=_some_of(tuple(ENGINES)), help=f"of {', '.join(ENGINES)}")
+    command.add_argument("--quick", action="store_true", help="only the smallest size")
+    command.set_defaults(run=_verify, needs=())
 
     command = commands.add_parser("demo", help="train a small language model with torch.nn and with fusedrnn")
     command.add_argument("--steps", type=_positive, default=300, help="training steps of each model (default: 300)")
@@ -81,7 +84,24 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
     )
     command.set_defaults(run=_bench, needs=("rich", "matplotlib"))
+
+    command = commands.add_parser("bench-gpu", help="time fusedrnn against torch.nn on a GPU, in shards; tables, JSON")
+    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="I-th of N parts (default: 1/1)")
+    command.add_argument("--telling", action="store_true", help="twelve cells of the grid instead of all")
+    command.add_argument("--budget", type=float, default=0.2, help="seconds of timing per cell (default: 0.2)")
+    command.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
+    command.add_argument("--fresh", action="store_true", help="forget the results that the file holds")
+    command.add_argument("--out", type=Path, help="results (default: bench/results/gpu-<name>.json)")
+    command.set_defaults(run=_bench_gpu, needs=("rich", "matplotlib"))
     return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Parse ``I/N``."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard: expected I/N with 1 <= I <= N")
+    return int(index), int(count)
 
 
 def _positive(text: str) -> int:
@@ -115,7 +135,7 @@ def _info(options: argparse.Namespace) -> int:
     print(info())
     missing = _missing(("rich", "matplotlib"))
     if missing:
-        print(f"missing: {' and '.join(missing)}, which verify, demo and bench need: pip install fusedrnn[cli]")
+        print(f"missing: {' and '.join(missing)}, which demo and bench need: pip install fusedrnn[cli]")
     return 0
 
 
@@ -129,7 +149,7 @@ def _console() -> Console:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    return 0 if verify(_console()) else 1
+    return 0 if verify(options.engines, options.quick) else 1
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -154,6 +174,18 @@ def _bench(options: argparse.Namespace) -> int:
         budget=options.budget,
     )
     return 0 if run(_console(), wanted, options.out) else 1
+
+
+def _bench_gpu(options: argparse.Namespace) -> int:
+    from .bench import gpu
+
+    cells = gpu.shard_of(TELLING if options.telling else gpu.GRID, *options.shard)
+    wanted = gpu.GpuOptions(cells, options.budget, options.minutes, options.fresh)
+    try:
+        return 0 if gpu.run(_console(), wanted, gpu.this_gpu(), options.out) else 1
+    except RuntimeError as error:
+        print(f"fusedrnn bench-gpu: {error}", file=sys.stderr)
+        return _CANNOT_RUN
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from . import engines
+from . import engines, installation
 from .autograd import listener
 from .engines.base import Call
+from .gpus import describe_gpus, describe_paths
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,30 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, processor and engines of this machine. Printing it is what it is for."""
+    """Versions, compilers, processor, GPUs and engines of this installation. Printing it is what it is for.
+
+    Attributes:
+        versions: of fusedrnn, torch and Python.
+        compiled: by which compilers and for which GPUs; empty if not by an installation.
+        processor: its name.
+        threads: how many torch, and so fusedrnn, uses.
+        gpus: each GPU, and the versions of CUDA; empty without one.
+        engines: for each engine ``"ready"`` with its kernels, or why it is unavailable.
+        paths: which path each cell, arithmetic and width takes on the current GPU; empty without CUDA kernels for it.
+    """
 
     versions: dict[str, str]
+    compiled: str
     processor: str
     threads: int
+    gpus: dict[str, str]
     engines: dict[str, str]
+    paths: dict[str, str]
 
     def __str__(self) -> str:
-        rows = {**self.versions, "processor": self.processor, "threads": str(self.threads)}
-        rows |= {f"engine {name}": state for name, state in self.engines.items()}
+        rows = self.versions | ({"compiled by": self.compiled} if self.compiled else {})
+        rows |= {"processor": self.processor, "threads": str(self.threads)}
+        rows |= self.gpus | {f"engine {name}": state for name, state in self.engines.items()} | self.paths
         width = max(map(len, rows))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
@@ -136,12 +151,15 @@ def info() -> Info:
             states["cpu"] = f"ready, {engines.cpu._cpu.isa()} (this machine runs: {supported})"
         except RuntimeError as error:
             states["cpu"] = f"unavailable: {error}"
-    states["cuda"] = "unavailable: no CUDA kernels in this release; GPU tensors go to stock torch"
+    gpus, cuda = describe_gpus(), engines.ENGINES["cuda"]
     return Info(
         versions={"fusedrnn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        compiled=installation.built_with(),
         processor=_processor(),
         threads=torch.get_num_threads(),
+        gpus=gpus,
         engines=states,
+        paths=describe_paths(cuda, torch.cuda.current_device()) if gpus and states["cuda"] == "ready" else {},
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -55,3 +56,57 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+@contextmanager
+def tf32_in_rnns(allowed: bool) -> Iterator[None]:
+    """Whether recurrent networks on a GPU may multiply float32 in tf32 inside the block. The setting is the process's.
+
+    From torch 2.9 on it is ``torch.backends.cudnn.rnn.fp32_precision``; a torch that has both minds being asked for
+    the older ``torch.backends.cudnn.allow_tf32``.
+    """
+    backend = torch.backends.cudnn
+    holder, name, value = (
+        (backend.rnn, "fp32_precision", "tf32" if allowed else "ieee")
+        if hasattr(backend, "rnn")
+        else (backend, "allow_tf32", allowed)
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def gpu_driver() -> str:
+    """The newest CUDA version that the GPU's driver supports, such as ``13.0``; empty without a driver."""
+    version = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
+    return f"{version // 1000}.{version % 1000 // 10}" if version else ""
+
+
+def allows_tf32_in_rnn() -> bool:
+    """Whether float32 recurrent networks on CUDA may round what they multiply to tf32."""
+    cudnn = torch.backends.cudnn
+    rnn = getattr(cudnn, "rnn", None)  # torch 2.9
+    return bool(cudnn.allow_tf32) if rnn is None else rnn.fp32_precision == "tf32"
+
+
+def allows_tf32_in_products() -> bool:
+    """Whether float32 matrix products on CUDA may round what they multiply to tf32."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
+def set_tf32_in_products(allowed: bool) -> Callable[[], None]:
+    """Set what ``allows_tf32_in_products`` tells, for all threads; returns a function that puts the setting back."""
+    matmul = torch.backends.cuda.matmul
+    name, value = (
+        ("fp32_precision", "tf32" if allowed else "ieee")
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", allowed)
+    )
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    return lambda: setattr(matmul, name, before)

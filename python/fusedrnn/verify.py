@@ -1,12 +1,14 @@
 """``python -m fusedrnn verify``: is every engine right on this machine?
 
 Every engine, and every instruction set of the C++ engine, runs every kind of layer forwards and backwards, and is
-compared with the reference engine in float64 on the same numbers.
+compared with the reference engine in float64 on the same numbers. It needs nothing but torch and NumPy, so that every
+installation can be checked.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +18,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -28,6 +27,7 @@ from .bench.contestants import difference
 from .bench.timer import torch_threads
 from .engines import ENGINES, cpu
 from .engines.base import Call
+from .torch_state import tf32_in_rnns
 
 _MODULES: dict[str, Callable[..., torch.nn.RNNBase]] = {
     "rnn_tanh": RNN,
@@ -70,12 +70,17 @@ class _Variant:
     def __str__(self) -> str:
         return f"{self.engine} {self.isa}" if self.isa else self.engine
 
+    @property
+    def device(self) -> str:
+        """Where it is checked."""
+        return "cuda" if self.engine == "cuda" else "cpu"
+
     @contextmanager
     def forced(self) -> Iterator[None]:
         # Engines made of torch's operators get one thread: theirs are no kernels of ours to check, and operators as
         # small as these only lose time to a second thread.
         threads = 1 if ENGINES[self.engine].traceable else torch.get_num_threads()
-        with engine(self.engine), _instruction_set(self.isa), torch_threads(threads):
+        with engine(self.engine), _instruction_set(self.isa), torch_threads(threads), tf32_in_rnns(False):
             yield
 
 
@@ -93,11 +98,11 @@ def _instruction_set(isa: str | None) -> Iterator[None]:
         compiled.set_isa(before)
 
 
-def _variants() -> list[_Variant]:
-    """What can run on this machine, in the order of the engines."""
+def _variants(names: Sequence[str]) -> list[_Variant]:
+    """What can run on this machine of the engines of these names."""
     variants = []
-    for name, candidate in ENGINES.items():
-        if candidate.available() is not None:
+    for name in names:
+        if ENGINES[name].available() is not None:
             continue
         isas: Sequence[str | None] = cpu._cpu.isas() if name == "cpu" and cpu._cpu is not None else (None,)
         variants += [_Variant(name, isa) for isa in isas]
@@ -114,13 +119,14 @@ class _Case:
     hx: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
 
-    def to(self, dtype: torch.dtype) -> _Case:
+    def to(self, where: torch.dtype | str) -> _Case:
+        """In another dtype or on another device."""
         return _Case(
-            copy.deepcopy(self.module).to(dtype),
-            self.data.to(dtype),
+            copy.deepcopy(self.module).to(where),
+            self.data.to(where),
             self.batch_sizes,
-            tuple(h.to(dtype) for h in self.hx),
-            tuple(g.to(dtype) for g in self.grads),
+            tuple(h.to(where) for h in self.hx),
+            tuple(g.to(where) for g in self.grads),
         )
 
     def forward(self, data: Tensor, hx: tuple[Tensor, ...]) -> _Tensors:
@@ -202,6 +208,7 @@ class _Row:
         self.checked += 1
         try:
             with self.variant.forced():
+                case = case.to(self.variant.device)
                 got_outputs, got_gradients = case.run()
                 got_inference = case.run_without_gradients()
         except Exception as error:  # whatever it is, the user should see it in the table, not instead of it
@@ -220,7 +227,7 @@ class _Row:
             self.gradients = max(self.gradients, judged)
 
     def _judge(self, what: str, got: Tensor, want: Tensor, allowed: float) -> float:
-        error = difference(got, want)
+        error = difference(got.to(want.device), want)
         if not error <= allowed:
             self.failures.append(f"{what} is off by {error:.1e}, allowed are {allowed:.1e}")
         return error
@@ -232,65 +239,72 @@ class _Row:
         if not self.checked:
             return *labels, "", "", "", remark
         allowed = " / ".join(f"{value:.0e}" for value in self.allowed())
-        verdict = "[bold red]FAIL[/]" if self.failures else "[green]pass[/]"
-        return *labels, f"{self.outputs:.1e}", f"{self.gradients:.1e}", allowed, f"{verdict} {remark}"
+        verdict = f"{'FAIL' if self.failures else 'pass'} {remark}".rstrip()
+        return *labels, f"{self.outputs:.1e}", f"{self.gradients:.1e}", allowed, verdict
 
 
-def verify(console: Console) -> bool:
+def verify(names: Sequence[str] | None = None, quick: bool = False) -> bool:
     """Check every engine that can run here and print a table of errors.
 
     Args:
-        console: where to print.
+        names: of engines, if not all.
+        quick: only the smallest of the sizes.
 
     Returns:
-        whether every error is within its tolerance.
+        whether every error is within its tolerance, and every engine that ``names`` asks for could be checked.
     """
     start = perf_counter()
     # The torch engine says so at its first projected LSTM. It concerns torch's speed only.
     warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-    variants = _variants()
+    variants = _variants(names or list(ENGINES))
+    sizes = _SIZES[:1] if quick else _SIZES
     rows = {
         (variant, cell, dtype): _Row(variant, cell, dtype)
         for variant, cell, dtype in product(variants, _MODULES, _DTYPES)
     }
-    cases = list(product(_MODULES, _DTYPES, _LAYOUTS, _SIZES))
-    for cell, dtype, layout, size in track(cases, "verifying", console=console, transient=True):
+    cases = list(product(_MODULES, _DTYPES, _LAYOUTS, sizes))
+    for done, (cell, dtype, layout, size) in enumerate(cases):
+        if sys.stderr.isatty():
+            print(f"\rverifying: {done} of {len(cases)}", end="\r", file=sys.stderr, flush=True)
         case = _case(cell, dtype, layout, size)
         call, outputs, gradients = _truth(case)
         case = case.to(dtype)
         where = f"{layout}, T={size[0]} B={size[1]} I={size[2]} H={size[3]}"
         for variant in variants:
             row = rows[variant, cell, dtype]
-            objection = ENGINES[variant.engine].supports(call.to(dtype))
+            objection = ENGINES[variant.engine].supports(call.to(dtype).on(variant.device))
             if objection is None:
                 row.check(case, where, outputs, gradients)
             else:
                 row.unsupported.add(objection)
-    _print(console, list(rows.values()))
-    for name, candidate in ENGINES.items():
-        reason = candidate.available()
-        if reason is not None:
-            console.print(f"engine {name} was not checked: {reason}", markup=False)
+    print(f"Largest difference from float64, as a part of the tensor's largest value: worst of {', '.join(_LAYOUTS)},")
+    print(f"each in {len(sizes)} size{'s' if len(sizes) > 1 else ''}\n")
+    headings = ("engine", "cell", "dtype", "outputs", "gradients", "allowed", "verdict")
+    _print_table([headings, *(row.cells() for row in rows.values())])
+    unchecked = {name: ENGINES[name].available() for name in names or ENGINES}
+    unchecked = {name: reason for name, reason in unchecked.items() if reason is not None}
+    for name, reason in unchecked.items():
+        print(f"engine {name} was not checked: {reason}")
     failed = [row for row in rows.values() if row.failures]
     for row in failed:
         more = f" (and {len(row.failures) - 1} more)" if len(row.failures) > 1 else ""
-        console.print(f"FAIL {row.variant} {row.cell} {row.dtype}: {row.failures[0]}{more}", style="red", markup=False)
-    console.print(
+        print(f"FAIL {row.variant} {row.cell} {row.dtype}: {row.failures[0]}{more}")
+    print(
         f"{len(rows) - len(failed)} of {len(rows)} rows without failure; {torch.get_num_threads()} threads, "
         f"{perf_counter() - start:.0f} s"
     )
-    return not failed
+    return not failed and not (names and unchecked)
 
 
-def _print(console: Console, rows: list[_Row]) -> None:
-    table = Table(
-        title="Largest difference from float64, as a part of the tensor's largest value",
-        caption="Worst of " + ", ".join(_LAYOUTS) + f", each in {len(_SIZES)} sizes",
-    )
-    for heading in ("engine", "cell", "dtype", "outputs", "gradients", "allowed", "verdict"):
-        table.add_column(heading, justify="right" if heading in ("outputs", "gradients", "allowed") else "left")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before.variant != row.variant:
-            table.add_section()
-        table.add_row(*row.cells())
-    console.print(table)
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest text, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = (3, 4, 5)
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        if before[0] != row[0]:
+            print()
+        cells = [
+            text.rjust(width) if k in numbers else text.ljust(width)
+            for k, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from ..convert import convert
 from .grid import Shape
+from .timer import Clock, Timing, interleave, processor_clock
 
 FUSEDRNN, TORCH = "fusedrnn", "torch.nn"
 
@@ -45,11 +47,11 @@ class Task:
         return self.data if self.batch_sizes is None else PackedSequence(self.data, self.batch_sizes)
 
 
-def stock_module(cell: str, I: int, H: int, dtype: torch.dtype, **options: object) -> torch.nn.RNNBase:
+def stock_module(cell: str, I: int, H: int, **options: Any) -> torch.nn.RNNBase:
     """torch.nn's module of a cell."""
     if cell.startswith("rnn_"):
-        return torch.nn.RNN(I, H, nonlinearity=cell.removeprefix("rnn_"), dtype=dtype, **options)
-    return (torch.nn.LSTM if cell == "lstm" else torch.nn.GRU)(I, H, dtype=dtype, **options)
+        return torch.nn.RNN(I, H, nonlinearity=cell.removeprefix("rnn_"), **options)
+    return (torch.nn.LSTM if cell == "lstm" else torch.nn.GRU)(I, H, **options)
 
 
 def fused_copy(module: torch.nn.Module) -> torch.nn.Module:
@@ -57,23 +59,25 @@ def fused_copy(module: torch.nn.Module) -> torch.nn.Module:
     return convert(copy.deepcopy(module))
 
 
-def make_task(cell: str, shape: Shape, mode: str, dtype: torch.dtype) -> Task:
-    """Weights and data of a cell of the grid; always the same numbers.
+def make_task(cell: str, shape: Shape, mode: str, dtype: torch.dtype, device: torch.device | None = None) -> Task:
+    """Weights and data of a cell of the grid; always the same numbers on a device.
 
     Args:
         cell: a name in ``grid.CELLS``.
         shape: the sizes.
         mode: ``"inference"`` or ``"training"``.
         dtype: of everything.
+        device: of everything; None for the CPU.
     """
     torch.manual_seed(0)
-    module = stock_module(cell, shape.I, shape.H, dtype, num_layers=shape.layers, bidirectional=shape.bidirectional)
-    data, batch_sizes, lengths = torch.randn(shape.T, shape.B, shape.I, dtype=dtype), None, shape.lengths()
+    place: dict[str, Any] = {"dtype": dtype, "device": device}
+    module = stock_module(cell, shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.bidirectional, **place)
+    data, batch_sizes, lengths = torch.randn(shape.T, shape.B, shape.I, **place), None, shape.lengths()
     if lengths is not None:
         data, batch_sizes, *_ = pack_padded_sequence(data, lengths)
     if mode == "inference":
         return Task(module, data, batch_sizes, None)
-    grad_output = torch.randn(*data.shape[:-1], shape.directions * shape.H, dtype=dtype)
+    grad_output = torch.randn(*data.shape[:-1], shape.directions * shape.H, **place)
     return Task(module, data.requires_grad_(), batch_sizes, grad_output)
 
 
@@ -113,3 +117,23 @@ def difference(got: Tensor, want: Tensor) -> float:
 def disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest :func:`difference` of any pair of tensors."""
     return max(map(difference, got, want))
+
+
+def race(
+    runs: dict[str, Run], tolerance: float, budget: float, clock: Clock = processor_clock
+) -> tuple[Timing, dict[str, float]]:
+    """Compare every contestant's results with torch.nn's, then time those that agree.
+
+    Args:
+        runs: the contestants, torch.nn among them, ready to run.
+        tolerance: largest difference from torch.nn with which one is timed.
+        budget: seconds of timing.
+        clock: what tells the time.
+
+    Returns:
+        the times of those that agree, and the differences of all.
+    """
+    want = runs[TORCH]()
+    differences = {name: disagreement(run(), want) for name, run in runs.items()}
+    agreeing = {name: run for name, run in runs.items() if differences[name] <= tolerance}
+    return interleave(agreeing, budget, clock), differences

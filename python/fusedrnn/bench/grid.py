@@ -1,4 +1,4 @@
-"""The one grid: every shape that fusedrnn is measured on, by name."""
+"""The grids: every shape that fusedrnn is measured on, by name, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -95,3 +95,68 @@ SHAPES = {
         Shape(100, 32, 128, 128, ODD, shortest=25),
     )
 }
+
+#: The kinds of shapes of the GPU's grid: widths.
+GPU_KINDS = ("H 64, 128", "H 256, 512", "H 768, 1024", "H 1536, 2048")
+_GPU_WIDTHS = {64: 0, 128: 0, 256: 1, 512: 1, 768: 2, 1024: 2, 1536: 3, 2048: 3}  # H: its place in GPU_KINDS
+GPU_SHAPES = {
+    shape.name: shape
+    for H, kind in _GPU_WIDTHS.items()
+    for shape in (Shape(256, B, H, H, GPU_KINDS[kind]) for B in (1, 8, 16, 32, 64, 128, 256))
+}
+ALL_SHAPES = SHAPES | GPU_SHAPES
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a GPU multiplies.
+
+    Attributes:
+        dtype: of all tensors.
+        tf32: whether float32 may be multiplied in tf32.
+        tolerance: by how much two contestants may differ, as a part of a tensor's largest value; rounding every step
+            adds up along time.
+    """
+
+    dtype: torch.dtype
+    tf32: bool
+    tolerance: float
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, False, 1e-4),
+    "tf32": Precision(torch.float32, True, 0.1),
+    "bf16": Precision(torch.bfloat16, False, 0.3),
+    "fp16": Precision(torch.float16, False, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class GpuCell:
+    """One cell of the GPU's grid: names in ``USUAL_CELLS``, ``MODES``, ``PRECISIONS`` and ``GPU_SHAPES``."""
+
+    cell: str
+    mode: str
+    precision: str
+    shape: str
+
+
+#: Twelve cells that show within a minute whether anything is wrong: every path, precision and cell of the kernels, and
+#: where cuDNN is strongest (fp16 LSTM).
+TELLING = tuple(
+    GpuCell(cell, mode, precision, f"256x{B}x{H}x{H}")
+    for cell, mode, precision, B, H in (
+        ("lstm", "training", "bf16", 16, 64),
+        ("lstm", "training", "bf16", 16, 768),
+        ("lstm", "inference", "bf16", 1, 1024),
+        ("lstm", "training", "bf16", 256, 2048),
+        ("lstm", "training", "fp16", 64, 512),
+        ("lstm", "training", "fp32", 32, 256),
+        ("lstm", "training", "tf32", 64, 1024),
+        ("gru", "training", "bf16", 64, 512),
+        ("gru", "inference", "fp32", 8, 128),
+        ("gru", "training", "fp16", 128, 1536),
+        ("rnn_tanh", "training", "bf16", 32, 1024),
+        ("rnn_tanh", "inference", "tf32", 128, 256),
+    )
+)

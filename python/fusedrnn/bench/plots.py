@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from .grid import SHAPES
-from .results import Results, is_stock
+from .grid import ALL_SHAPES
+from .results import Group, Results, is_stock
 from .tables import caution, mark
 
 #: Ratios beyond these look alike: colours are for what can be told apart.
@@ -18,11 +18,8 @@ _SLOWEST, _FASTEST = 1 / 4, 16
 
 
 def _caption(results: Results) -> str:
-    machine = results.machine
-    text = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}\ntorch {machine['torch']}, "
-        f"fusedrnn {machine['fusedrnn']}, {results.options['dtype']}, {machine['date']}"
-    )
+    words = [results.title.replace("; ", "\n"), results.options.get("dtype"), results.machine["date"]]
+    text = ", ".join(filter(None, words))
     warning = caution(results)
     return text if warning is None else f"{text}\n{warning}"
 
@@ -30,17 +27,18 @@ def _caption(results: Results) -> str:
 def _shapes(results: Results) -> list[str]:
     """The shapes that were measured, in the grid's order."""
     measured = {m.shape for m in results.grid}
-    return [name for name in SHAPES if name in measured]
+    return [name for name in ALL_SHAPES if name in measured]
 
 
-def heat_map(results: Results, path: Path) -> None:
+def heat_map(results: Results, path: Path, groups: list[Group] | None = None) -> None:
     """Draw the ratios, shapes by groups.
 
     Args:
         results: with a grid.
         path: of the PNG.
+        groups: which, if not all.
     """
-    groups, shapes = results.groups(), _shapes(results)
+    groups, shapes = groups or results.groups(), _shapes(results)
     found = {(m.shape, m.group): m for m in results.grid}
     figure = Figure(figsize=(3.4 + 0.72 * len(groups), 2.6 + 0.3 * len(shapes)), layout="constrained")
     axes = figure.add_subplot()
@@ -54,9 +52,9 @@ def heat_map(results: Results, path: Path) -> None:
                 text = "wrong" if m.ratio is None else f"{m.ratio:.2f}{mark(m.engine)}"
                 strong = abs(norm(logs[row][column]) - 0.5) > 0.3
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if strong else "black")
-    labels = [f"{g.cell}\n{g.mode}\n{g.threads} thread{'s' if g.threads > 1 else ''}" for g in groups]
+    labels = [f"{g.cell}\n{g.mode}\n{g.how}" for g in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=8)
-    axes.set_yticks(range(len(shapes)), [f"{s}  ({SHAPES[s].kind})" for s in shapes], fontsize=8)
+    axes.set_yticks(range(len(shapes)), [f"{s}  ({ALL_SHAPES[s].kind})" for s in shapes], fontsize=8)
     axes.set_ylabel("shape: T x B x I x H")
     figure.supxlabel(_caption(results), fontsize=8)
     note = f"\n{mark('torch')} stock torch ran" if any(is_stock(m.engine) for m in results.grid) else ""
@@ -79,7 +77,7 @@ def speed(results: Results, path: Path) -> None:
         path: of the PNG.
     """
     shapes = _shapes(results)
-    threads = max(m.threads for m in results.grid)
+    threads = max(m.threads or 0 for m in results.grid)
     modes = list(dict.fromkeys(m.mode for m in results.grid))
     cells = list(dict.fromkeys(m.cell for m in results.grid))
     figure = Figure(figsize=(11, 1.2 + 3.2 * len(modes)), layout="constrained")
@@ -103,8 +101,8 @@ def speed(results: Results, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.margins(x=0.01)
-    for kind in dict.fromkeys(SHAPES[shape].kind for shape in shapes):
-        places = [place for place, shape in enumerate(shapes) if SHAPES[shape].kind == kind]
+    for kind in dict.fromkeys(ALL_SHAPES[shape].kind for shape in shapes):
+        places = [place for place, shape in enumerate(shapes) if ALL_SHAPES[shape].kind == kind]
         middle = (places[0] + places[-1]) / 2
         panels[0].text(middle, 1.02, kind, transform=panels[0].get_xaxis_transform(), ha="center", fontsize=8)
         for axes in panels:

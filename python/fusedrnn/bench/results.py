@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, installation
 from ..engines import cpu
 from ..report import explain, info
-from .grid import KINDS, SHAPES, Shape
+from .grid import ALL_SHAPES, GPU_KINDS, KINDS, PRECISIONS, Shape
 
 #: Combined name of the engine that stands for stock torch, see ``engines_of``.
 _STOCK_ENGINE = "torch"
@@ -37,14 +37,24 @@ def is_stock(engine: str) -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """What one table, one column of the heat map and one mean are about."""
+    """What one table, one column of the heat map and one mean are about: a cell and mode on a number of threads, or on
+    a GPU in a precision, launched by the program or replayed from a CUDA graph."""
 
     cell: str
     mode: str
-    threads: int
+    threads: int | None
+    precision: str | None = None
+    replay: bool = False
+
+    @property
+    def how(self) -> str:
+        """Such as ``2 threads`` or ``bf16 graph``."""
+        if self.threads is None:
+            return f"{self.precision} graph" if self.replay else f"{self.precision}"
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def __str__(self) -> str:
-        return f"{self.cell} {self.mode}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.cell} {self.mode}, {self.how}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,9 @@ class Measurement:
     """One cell of the grid.
 
     Attributes:
-        shape: a name in ``grid.SHAPES``.
+        shape: a name in ``grid.ALL_SHAPES``.
+        threads: of the CPU; None on a GPU.
+        dtype: a name in ``grid.DTYPES``, on a GPU in ``grid.PRECISIONS``.
         engine: who served fusedrnn's call.
         flops: of one call.
         ms: median milliseconds of each contestant; one whose results were wrong was not timed and is missing.
@@ -61,12 +73,17 @@ class Measurement:
         ratio: torch.nn's time over fusedrnn's, above 1 if fusedrnn is faster; None if one of them is missing.
         disagreement: largest difference from torch.nn's results, as a part of a tensor's largest value.
         elsewhere: cores that other processes kept busy meanwhile; None if unknown.
+        replay: whether a CUDA graph was replayed.
+        kernel: what the engine says of its kernel.
+        floor: milliseconds below which no kernel is expected to get; None if unknown, see ``limits.floor``.
+        errors: of a contestant that could not run, what it said.
+        commit: of the code that was measured, if known.
     """
 
     cell: str
     shape: str
     mode: str
-    threads: int
+    threads: int | None
     dtype: str
     engine: str
     flops: int
@@ -76,14 +93,24 @@ class Measurement:
     ratio: float | None
     disagreement: dict[str, float]
     elsewhere: float | None
+    replay: bool = False
+    kernel: str = ""
+    floor: float | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
 
     @property
     def group(self) -> Group:
-        return Group(self.cell, self.mode, self.threads)
+        on_gpu = self.dtype in PRECISIONS
+        return Group(self.cell, self.mode, self.threads, self.dtype if on_gpu else None, self.replay)
 
     @property
     def grid_shape(self) -> Shape:
-        return SHAPES[self.shape]
+        return ALL_SHAPES[self.shape]
+
+    def per_step(self, ms: float | None) -> float | None:
+        """Microseconds per time step of a call that takes milliseconds."""
+        return None if ms is None else 1e3 * ms / self.grid_shape.T
 
     @property
     def credited(self) -> float | None:
@@ -141,10 +168,26 @@ class Results:
         known = [m.elsewhere for m in self.grid if m.elsewhere is not None]
         return statistics.fmean(known) if known else None
 
+    @property
+    def title(self) -> str:
+        """The machine and the software, in a line."""
+        m = self.machine
+        where = f"{m['processor']}, {m['cores']} cores, {m['isa']}"
+        if "gpu" in m:
+            where = f"{m['gpu']}, driver for CUDA {m['driver']}, cuDNN {m['cudnn']}"
+        return f"{where}; torch {m['torch']}, fusedrnn {m['fusedrnn']}"
+
     def save(self, path: Path) -> None:
-        """Write JSON."""
+        """Write JSON, a line for each measurement."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        record = dataclasses.asdict(self)
+        parts = []
+        for key, value in record.items():
+            rows = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
+            parts.append(f'"{key}": ' + (f"[\n  {rows}\n ]" if rows else json.dumps(value)))
+        new = path.with_name(f"{path.name}.new")  # whoever stops us midway finds the old file whole
+        new.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+        new.replace(path)
 
     @staticmethod
     def load(path: Path) -> Results:
@@ -187,7 +230,7 @@ def means(measurements: Iterable[Measurement]) -> Means:
     rows = [(m, m.credited) for m in measurements if m.grid_shape.counts]
     valid = [(m, ratio) for m, ratio in rows if ratio is not None]
     by_kind = {}
-    for kind in KINDS:
+    for kind in (*KINDS, *GPU_KINDS):
         ratios = [ratio for m, ratio in valid if m.grid_shape.kind == kind]
         if ratios:
             by_kind[kind] = statistics.geometric_mean(ratios)
@@ -213,7 +256,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "fusedrnn": __version__,
         "isa": "no compiled module" if cpu._cpu is None else cpu._cpu.isa(),
-        "commit": _commit(),
+        "commit": _commit() or installation.commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

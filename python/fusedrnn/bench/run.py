@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import memory, overhead, plots, tables
-from .contestants import CONTESTANTS, FUSEDRNN, TOLERANCE, TORCH, disagreement, fused_copy, make_task
+from .contestants import CONTESTANTS, FUSEDRNN, TOLERANCE, TORCH, fused_copy, make_task, race
 from .grid import MODES, SECTIONS, SHAPES, USUAL_CELLS
 from .limits import flops
 from .results import Group, Measurement, Results, describe_machine, engines_of
-from .timer import interleave, torch_threads
+from .timer import torch_threads
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,11 @@ def measure(group: Group, shape: str, dtype: str, budget: float) -> Measurement:
         dtype: a name in ``grid.DTYPES``.
         budget: seconds of timing.
     """
+    assert group.threads is not None
     task = make_task(group.cell, SHAPES[shape], group.mode, getattr(torch, dtype))
     with torch_threads(group.threads), torch.set_grad_enabled(task.training):
         runs = {name: prepare(task) for name, prepare in CONTESTANTS.items()}
-        want = runs[TORCH]()
-        differences = {name: disagreement(call(), want) for name, call in runs.items()}
-        right = [name for name in runs if differences[name] <= TOLERANCE[task.data.dtype]]
-        timing = interleave({name: runs[name] for name in right}, budget)
+        timing, differences = race(runs, TOLERANCE[task.data.dtype], budget)
         engine = engines_of(fused_copy(task.module), task.input)
     return Measurement(
         cell=group.cell,
@@ -135,10 +133,10 @@ def measure(group: Group, shape: str, dtype: str, budget: float) -> Measurement:
         dtype=dtype,
         engine=engine,
         flops=flops(group.cell, SHAPES[shape], group.mode),
-        ms={name: 1e3 * timing.median(name) for name in right},
-        spread={name: timing.spread(name) for name in right},
+        ms={name: 1e3 * timing.median(name) for name in timing.seconds},
+        spread={name: timing.spread(name) for name in timing.seconds},
         rounds=timing.rounds,
-        ratio=timing.ratio(TORCH, FUSEDRNN) if FUSEDRNN in right else None,
+        ratio=timing.ratio(TORCH, FUSEDRNN) if FUSEDRNN in timing.seconds else None,
         disagreement={name: differences[name] for name in runs if name != TORCH},
         elsewhere=timing.elsewhere,
     )

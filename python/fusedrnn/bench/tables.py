@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .contestants import FUSEDRNN, TORCH
-from .grid import KINDS, ODD, SHAPES, TRAINING
+from .grid import GPU_KINDS, KINDS, ODD, SHAPES, TRAINING
 from .results import Group, Means, Measurement, Memory, Overhead, Results, is_stock, means
 
 #: Behind every number that stock torch, not fusedrnn, is to thank for.
@@ -82,7 +83,7 @@ def group_table(group: Group, rows: list[Measurement]) -> Table:
 def _mean_cells(results: Results) -> tuple[list[str], list[tuple[Group, list[str]]]]:
     """Headings and rows of the table of means, the same for terminal and README."""
     by_group: dict[Group, Means] = {group: means(results.of(group)) for group in results.groups()}
-    kinds = [kind for kind in KINDS if any(kind in m.by_kind for m in by_group.values())]
+    kinds = [kind for kind in (*KINDS, *GPU_KINDS) if any(kind in m.by_kind for m in by_group.values())]
     rows = []
     for group, m in by_group.items():
         cells = [f"{m.by_kind[kind]:.2f}" if kind in m.by_kind else "" for kind in kinds]
@@ -152,10 +153,8 @@ def markdown(results: Results) -> str:
     """The README's section of numbers: the machine, the means, a call's overhead, memory; whatever was measured."""
     machine, options = results.machine, results.options
     commit = f" at {machine['commit']}" if machine["commit"] else ""
-    parts = [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}; torch {machine['torch']}, fusedrnn "
-        f"{machine['fusedrnn']}{commit}; {options['dtype']}; {machine['date']}."
-    ]
+    dtype = f"{options['dtype']}; " if "dtype" in options else ""
+    parts = [f"{results.title}{commit}; {dtype}{machine['date']}."]
     if results.grid:
         headings, rows = _mean_cells(results)
         parts.append("torch.nn's time / fusedrnn's (above 1 fusedrnn is faster), geometric means:")
@@ -175,6 +174,47 @@ def markdown(results: Results) -> str:
     rows_of_all: tuple[Measurement | Overhead | Memory, ...] = (*results.grid, *results.overhead, *saved)
     note = _note(row.engine for row in rows_of_all)
     return "\n\n".join(parts if note is None else [*parts, _escape(note)])
+
+
+def gpu_report(results: Results) -> str:
+    """Everything measured on a GPU in markdown: the means, then a table for each cell, mode and precision."""
+    peaks = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in results.machine["peak"].items())
+    parts = [
+        f"# {results.machine['gpu']}",
+        markdown(results),
+        f"Below: microseconds per time step of a whole layer, its input product included; ratio: {TORCH}'s time / "
+        f"{FUSEDRNN}'s at equal precision, above 1 {FUSEDRNN} is faster; graph: the same call replayed from a CUDA "
+        f"graph; floor: the products at the rate of a large square one on this GPU (TFLOP/s: {peaks}), and one "
+        "exchange of the state between multiprocessors per step and pass, an estimate.",
+    ]
+    eager = [group for group in results.groups() if not group.replay]
+    for group in eager:
+        replays = {m.shape: m for m in results.of(dataclasses.replace(group, replay=True))}
+        parts.append(f"## {group}")
+        columns = [name + how for how in ("", " graph") for name in (FUSEDRNN, TORCH, "ratio")]
+        rows = [
+            [m.shape, *_per_step(m), *_per_step(replays.get(m.shape)), _number(m.per_step(m.floor)), m.kernel]
+            for m in results.of(group)
+        ]
+        parts.append(_markdown_table(["shape", *columns, "floor", "kernel"], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _per_step(m: Measurement | None) -> list[str]:
+    """Microseconds per step of fusedrnn and torch.nn, or what kept them from running, and the ratio."""
+    if m is None:
+        return ["", "", ""]
+
+    def cell(name: str) -> str:
+        if name in m.ms:
+            return _number(m.per_step(m.ms[name]))
+        return f"off by {m.disagreement[name]:.0e}" if name in m.disagreement else m.errors.get(name, "")
+
+    return [cell(FUSEDRNN), cell(TORCH), "" if m.ratio is None else _ratio(m.ratio, m.engine)]
 
 
 def _memory_cells(rows: list[Memory]) -> tuple[list[str], list[list[str]]]:

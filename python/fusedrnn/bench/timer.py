@@ -17,6 +17,29 @@ _MIN_ROUNDS = 5
 _MAX_ROUNDS = 1000
 
 
+#: A clock: calls a function a number of times and tells the seconds per call.
+Clock = Callable[[Callable[[], object], int], float]
+
+
+def processor_clock(call: Callable[[], object], count: int) -> float:
+    """The time that passes until the calls have returned."""
+    start = perf_counter()
+    for _ in range(count):
+        call()
+    return (perf_counter() - start) / count
+
+
+def gpu_clock(call: Callable[[], object], count: int) -> float:
+    """The time that passes on the GPU, by CUDA events on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / count
+
+
 @dataclass(frozen=True)
 class Timing:
     """What the clock said.
@@ -47,7 +70,7 @@ class Timing:
         return statistics.median(s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=True))
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> Timing:
+def interleave(calls: Mapping[str, Callable[[], object]], budget: float, clock: Clock = processor_clock) -> Timing:
     """Time functions by turns: in every round each is called once, or often enough for the clock, in changing order.
 
     So whatever slows the machine down for a while slows all of them alike.
@@ -55,13 +78,12 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> Timi
     Args:
         calls: functions without arguments by name.
         budget: seconds to spend; at least five rounds are run all the same.
+        clock: what tells the time.
     """
     repeats = {}
     for name, call in calls.items():
-        call()  # the first call allocates and compiles
-        start = perf_counter()
-        call()
-        repeats[name] = max(1, round(_SAMPLE_SECONDS / (perf_counter() - start)))
+        clock(call, 1)  # the first call allocates and compiles
+        repeats[name] = max(1, round(_SAMPLE_SECONDS / clock(call, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     with _no_garbage_collection():
@@ -70,11 +92,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> Timi
             if done >= _MIN_ROUNDS and perf_counter() >= begin + budget:
                 break
             for name in order:
-                call, count = calls[name], repeats[name]
-                start = perf_counter()
-                for _ in range(count):
-                    call()
-                seconds[name].append((perf_counter() - start) / count)
+                seconds[name].append(clock(calls[name], repeats[name]))
             order.reverse()
         elsewhere = None if busy is None else max(0.0, (_busy_elsewhere() or 0.0) - busy) / (perf_counter() - begin)
     return Timing(seconds, elsewhere)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from ..torch_state import why_not_plain
 from .base import Call, Engine
 from .cpu import CpuEngine
+from .cuda import CudaEngine
 from .numba import NumbaEngine
 from .reference import ReferenceEngine
 from .torch import TorchEngine
 
-_IN_ORDER: tuple[Engine, ...] = (CpuEngine(), NumbaEngine(), TorchEngine(), ReferenceEngine())
+_IN_ORDER: tuple[Engine, ...] = (CpuEngine(), CudaEngine(), NumbaEngine(), TorchEngine(), ReferenceEngine())
 #: Automatic choice takes the first that is available and supports the call.
 ENGINES = {engine.name: engine for engine in _IN_ORDER}
 AUTO = "auto"
@@ -40,7 +41,7 @@ def engine(name: str) -> Iterator[None]:
     engine of its forward pass. The environment variable FUSEDRNN_ENGINE sets the default at import.
 
     Args:
-        name: ``"cpu"``, ``"numba"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+        name: ``"cpu"``, ``"cuda"``, ``"numba"``, ``"torch"``, ``"reference"`` or ``"auto"``.
 
     Raises:
         ValueError: there is no engine of that name.

@@ -87,6 +87,10 @@ class Call:
         """The same call with every floating-point tensor converted."""
         return self.with_tensors([None if t is None else t.to(dtype) for t in self.tensors()])
 
+    def on(self, device: str) -> Call:
+        """The same call with every tensor on a device."""
+        return self.with_tensors([None if t is None else t.to(device) for t in self.tensors()])
+
     def check(self) -> None:
         """Check every shape, dtype and device.
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..installation import load
 from .base import Call, Outputs, Saved
 
-_cpu: ModuleType | None
-try:
-    from .. import _cpu  # type: ignore[attr-defined,no-redef]
-
-    _import_error = ""
-except ImportError as error:
-    _cpu, _import_error = None, str(error)
+_cpu, _missing = load("_cpu")
 
 
 class CpuEngine:
@@ -24,9 +18,7 @@ class CpuEngine:
     traceable = False
 
     def available(self) -> str | None:
-        if _cpu is None:
-            return f"the compiled module is missing ({_import_error})"
-        return None
+        return _missing or None
 
     def supports(self, call: Call) -> str | None:
         if not call.input.is_cpu:

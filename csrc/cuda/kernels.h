@@ -1,0 +1,67 @@
+// What host and kernels agree on: the kernels' arguments, and where to find a kernel.
+#pragma once
+
+#include "launch.h"
+
+namespace fusedrnn::cuda {
+
+// What is summed over is divided into blocks of 64 bytes, what the four threads of a row load at once.
+constexpr int block_bytes = 64;
+// Columns, that is sequences, of a tensor core's product.
+constexpr int columns = 8;
+constexpr int lanes = 32, most_warps = 8;
+
+// Weights in registers of a warp: 16 rows x 64 bytes, a *tile's block*, take 8 registers of each thread, and 128 of the
+// 255 are for them. A warp with more tiles makes for fewer CTAs, which have to meet, each with fewer blocks of a row.
+constexpr int tile_rows = 16, held_blocks = 16;
+constexpr int tiles_forward(int gates, int64_t value_bytes) { return gates == 1 ? 1 : value_bytes == 2 ? gates : 2; }
+constexpr int tiles_backward = 1;
+
+// The per-step kernel: rows and columns of a CTA's tile of the product, blocks of each copied at once, copies ahead.
+constexpr int step_rows = 64, step_columns = 64, step_blocks = 2, step_stages = 3;
+constexpr int64_t step_shared_bytes = step_stages * step_blocks * (step_rows + step_columns) * block_bytes;
+static_assert(step_shared_bytes >= step_rows * (step_columns + 1) * 8, "the sums use the stages' memory");
+
+// How one launch is laid out. CTAs: unit blocks fastest, then slices of the batch, then directions.
+struct Geometry {
+  int row_groups, k_groups;
+  int first_direction;
+  int units, unit_blocks, slice, slices;
+  int blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
+  int ring_row;               // bytes of a sequence in the ring
+  int ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
+  void* ring;                     // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
+  unsigned* arrivals;             // (directions, slices), zeroed, 128 bytes apart
+  void* states;                   // per step: Real (directions, states, B, H)
+  // Byte offsets in shared memory.
+  int sums_at, bias_at, states_at, weights_at, ring_at;
+};
+constexpr int64_t arrivals_apart = 128 / sizeof(unsigned);
+
+// The one argument of every kernel.
+struct Arguments {
+  Geometry geometry;
+  union {
+    Forward forward;
+    Backward backward;
+  };
+  Arguments() : geometry{}, forward{} {}
+};
+
+using Kernel = void (*)(Arguments);
+// The per-step kernels read their arguments from device memory, so that a recorded graph can be used again for others.
+using StepKernel = void (*)(const Arguments*, int64_t step);
+
+struct CellKernels {
+  Kernel one_cta[2], grid[2];  // forward, backward; null where an arithmetic has none
+  StepKernel start[2], step[2];
+};
+
+struct Kernels {
+  const CellKernels* cells[static_cast<int>(CellKind::count)];
+};
+
+// One table per arithmetic, each in a file of its own, so that they compile side by side.
+extern const CellKernels kernels_f32[], kernels_tf32[], kernels_bf16[], kernels_f16[], kernels_f64[];
+
+}  // namespace fusedrnn::cuda

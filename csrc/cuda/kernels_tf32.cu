@@ -1,0 +1,5 @@
+#include "tables.h"
+
+namespace fusedrnn::cuda {
+const CellKernels kernels_tf32[] = FUSEDRNN_KERNELS(Tf32);
+}

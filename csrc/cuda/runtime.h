@@ -1,0 +1,40 @@
+// What launch.cpp needs of the CUDA runtime. The tests bring a second implementation over their emulator.
+#pragma once
+
+#include "kernels.h"
+
+namespace fusedrnn::cuda::runtime {
+
+struct Shape {
+  int64_t ctas;
+  int threads;
+  int64_t shared_bytes;
+  Stream stream;
+};
+
+// Makes a device current and, at the end, the one before.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_;
+};
+
+int device_count();
+DeviceFacts device_facts(int device);
+int runtime_version();
+int driver_version();
+// CTAs of a kernel that the current device runs at once.
+int64_t resident_ctas(Kernel kernel, int threads, int64_t shared_bytes, const DeviceFacts& facts);
+void zero(void* memory, int64_t bytes, Stream stream);
+// All CTAs run at once, or the launch is refused.
+void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments);
+// Writes the arguments of per-step kernels to device memory, in the order of the stream.
+void write_arguments(Arguments* to, const Arguments& from, Stream stream);
+void launch(StepKernel kernel, const Shape& shape, const Arguments* arguments, int64_t step);
+
+}  // namespace fusedrnn::cuda::runtime

@@ -1,0 +1,3 @@
+BUILT_WITH: str
+COMMIT: str
+NOT_BUILT: dict[str, str]
