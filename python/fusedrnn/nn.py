@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import dynamo, functional
 from .cells import CELLS, MODES, Cell
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -131,6 +131,9 @@ class LSTM(_Recurrent, torch.nn.LSTM):
 
 class GRU(_Recurrent, torch.nn.GRU):
     """torch.nn.GRU, run by fusedrnn."""
+
+
+dynamo.allow(_Recurrent)
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

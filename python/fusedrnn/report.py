@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import engines
-from .autograd import listener
+from .engines import listener
 from .engines.base import Call
 
 
@@ -95,6 +95,8 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
     if call.batch_sizes is not None:
         details.append("packed")
     reasons = ["asked for by fusedrnn.engine or FUSEDRNN_ENGINE"] if choice.forced else []
+    if choice.route is not None:
+        reasons.append(choice.route)
     reasons += [f"not {name}: {why}" for name, why in choice.declined.items()]
     compute = engine.computes_in(dtype)
     if compute != dtype:

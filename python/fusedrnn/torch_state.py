@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
+# As torch._C._AutoDispatchBelowAutograd excludes them.
+_AUTOGRAD_KEYS = tuple(
+    getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+)
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
@@ -25,7 +32,7 @@ def unusual_mode() -> str | None:
         return "torch is compiling or tracing"
     if _functorch_level() is not None:
         return "inside a torch.func transform"
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "inside forward-mode differentiation"
     if _dispatch_modes():
         return "inside a torch dispatch mode"
@@ -44,10 +51,66 @@ def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
-def batched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any of the gradients stands for many: ``torch.autograd.grad(..., is_grads_batched=True)``, or vmap."""
+def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a tensor among these would not know what to do with an operator of ours, or None if all would.
+
+    Subclasses that handle the dispatcher's operators themselves (masked, distributed, quantised tensors) know torch's
+    own. Those of torch's own tracers know them all.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        kind = type(tensor)
+        if (
+            isinstance(tensor, Tensor)
+            and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+            and not kind.__module__.startswith("torch._subclasses.")
+        ):
+            return f"the tensor subclass {kind.__name__} handles torch's own operators only"
+    return None
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without a subclass that only renames it."""
+    return tensor if type(tensor) in _PLAIN_TYPES else tensor.as_subclass(Tensor)  # type: ignore[union-attr]
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry forward-mode derivatives now, perhaps below a level of torch.func that hides them."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of them carries a forward-mode derivative at the level of torch.func that is looking."""
+    return in_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def legacy_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of the gradients stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    That is an older vmap than torch.func's, and no operator can have a rule for it.
+    """
     is_legacy = torch._C._functorch.is_legacy_batchedtensor
-    return why_not_plain(tensors) is not None or any(t is not None and is_legacy(t) for t in tensors)
+    return any(t is not None and is_legacy(t) for t in tensors)
+
+
+def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """Apply the Function inside a kernel that the dispatcher called for autograd, whoever called the dispatcher.
+
+    ``Function.apply`` would hand the call to all levels of torch.func, but the kernel runs at one of them already.
+    """
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[no-any-return,misc]
+
+
+@contextmanager
+def autograd_enabled_again() -> Iterator[None]:
+    """Autograd records inside the block, though a kernel of an operator runs below it."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

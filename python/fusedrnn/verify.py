@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import GRU, LSTM, RNN, engine
-from .autograd import listener
+from .engines import listener
 from .bench.contestants import difference
 from .bench.timer import torch_threads
 from .engines import ENGINES, cpu
