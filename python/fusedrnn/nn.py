@@ -8,7 +8,7 @@ of these, and back, by changing its class: see :func:`fusedrnn.convert`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dynamo, functional
 from .cells import CELLS, MODES, Cell
+from .torch_state import NO_OPERATORS_THERE
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -29,7 +30,14 @@ def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Fused(torch.nn.Module):
+    """What all our modules have."""
+
+    def __prepare_scriptable__(self) -> NoReturn:  # noqa: PLW3201 (torch.jit.script calls it)
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.script"))
+
+
+class _Recurrent(_Fused, torch.nn.RNNBase):
     """``forward`` for all of torch.nn's sequence modules."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -55,7 +63,8 @@ class _Recurrent(torch.nn.RNNBase):
                 return quick[0], quick[1] if len(quick) == 2 else quick[1:]
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx, weights)
-        if not self._looks_right(input, hx, weights):
+        # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
+        if not self._looks_right(input, hx, weights) and not torch.compiler.is_compiling():
             self._check(cell, input, hx)
         output, last = functional.sequence(
             cell, input, states, weights, batch_first=self.batch_first, **self._options()
@@ -106,10 +115,13 @@ class _Recurrent(torch.nn.RNNBase):
     def _forward_packed(self, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         several = len(cell.states) > 1
-        if hx is None:
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+        if torch.compiler.is_compiling():
+            pass  # batch_sizes has no values to check with
+        elif hx is None:
             self.check_input(data, batch_sizes)
         else:
-            hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         output, last = functional.sequence(
             cell, data, self._states(cell, hx), weights, batch_sizes=batch_sizes, **self._options()
@@ -139,7 +151,7 @@ dynamo.allow(_Recurrent)
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(_Fused, torch.nn.RNNCell):
     """torch.nn.RNNCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -149,7 +161,7 @@ class RNNCell(torch.nn.RNNCell):
         return functional.cell_step(CELLS[f"rnn_{self.nonlinearity}"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_Fused, torch.nn.LSTMCell):
     """torch.nn.LSTMCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +171,7 @@ class LSTMCell(torch.nn.LSTMCell):
         return h, c
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_Fused, torch.nn.GRUCell):
     """torch.nn.GRUCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

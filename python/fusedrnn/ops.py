@@ -21,7 +21,15 @@ from . import autograd
 from .cells import CELLS
 from .engines import ENGINES, Choice, announce, choose
 from .engines.base import Call, Engine, Outputs, Saved
-from .torch_state import apply_here, autograd_enabled_again, has_tangent, in_forward_mode, plain, why_operators_do_not_apply
+from .torch_state import (
+    apply_here,
+    autograd_enabled_again,
+    has_tangent,
+    in_forward_mode,
+    plain,
+    refuse_onnx,
+    why_operators_do_not_apply,
+)
 
 _LIBRARY = torch.library.Library("fusedrnn", "DEF")
 # The arguments of a Call; the results are the output, unless `sequence` is false, and the final states.
@@ -131,6 +139,7 @@ def _layer_backward(grads: _Tensors, *arguments: Any) -> list[Tensor]:
 
 
 def _layer_fake(*arguments: Any) -> list[Tensor]:
+    refuse_onnx()
     call = _call(*arguments)
     batch: Any = call.input.shape[1] if call.batch_sizes is None and call.input.dim() == 3 else None
     if call.batch_sizes is not None:
@@ -183,7 +192,7 @@ def _refuse_tangents(tensors: _Tensors) -> None:
 
 def _layer_autograd(*arguments: Any) -> list[Tensor]:
     call = _call(*arguments)
-    if in_forward_mode():
+    if in_forward_mode(call.tensors()):
         return _present(_by_reference(call, "inside forward-mode differentiation"))
     if not _wants_gradient(call.tensors()):
         return _below_autograd(_OPERATORS.layer.default, *arguments)
@@ -220,7 +229,7 @@ class _LayerWithSaved(torch.autograd.Function):
         call = _restored(ctx.template, batch_sizes, kept[: ctx.count])
         saved, needs = tuple(kept[ctx.count :]), ctx.needs_input_grad[3:]
         of_outputs = _outputs(call.sequence, grads[: _count(call)])
-        if in_forward_mode():
+        if in_forward_mode((*grads, *call.tensors())):
             result = _reference_gradient(call, of_outputs, needs)
         else:
             result = layer_backward(ENGINES[ctx.engine], call, saved, of_outputs, needs)

@@ -8,7 +8,7 @@ from . import ops
 from .autograd import Layer, forward
 from .engines import announce, choose
 from .engines.base import Call, Outputs
-from .torch_state import why_not_plain
+from .torch_state import refuse_jit_trace, why_not_plain
 
 
 def run(call: Call) -> Outputs:
@@ -19,6 +19,7 @@ def run(call: Call) -> Outputs:
     """
     tensors = call.tensors()
     if why_not_plain(tensors) is not None:
+        refuse_jit_trace()
         return ops.layer(call)
     choice = choose(call)
     announce(call, choice)

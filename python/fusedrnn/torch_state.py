@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,14 +76,27 @@ def plain(tensor: Tensor | None) -> Tensor | None:
     return tensor if type(tensor) in _PLAIN_TYPES else tensor.as_subclass(Tensor)  # type: ignore[union-attr]
 
 
-def in_forward_mode() -> bool:
-    """Whether tensors may carry forward-mode derivatives now, perhaps below a level of torch.func that hides them."""
-    return forward_ad._current_level >= 0
+def in_forward_mode(tensors: Iterable[Tensor | None] = ()) -> bool:
+    """Whether forward-mode derivatives are about: at any level of torch.func, or on one of these tensors.
+
+    torch.compile enters forward mode without telling torch.autograd.forward_ad; it is then among the dispatch modes.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
+        return True
+    return _dispatch_modes() > 0 and _has_tangent(tensors)
 
 
 def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any of them carries a forward-mode derivative at the level of torch.func that is looking."""
-    return in_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    """Whether any of these tensors carries a forward-mode derivative at the level of torch.func that is looking."""
+    tensors = tuple(tensors)
+    return in_forward_mode(tensors) and _has_tangent(tensors)
+
+
+def _has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)  # type: ignore[attr-defined]
 
 
 def legacy_batched(tensors: Iterable[Tensor | None]) -> bool:
@@ -111,6 +125,24 @@ def autograd_enabled_again() -> Iterator[None]:
         exclude = exclude.remove(key)
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         yield
+
+
+NO_OPERATORS_THERE = (
+    "{} does not know the operators of fusedrnn: call fusedrnn.revert(model) first, which makes its modules those of "
+    "torch.nn again, and fusedrnn.convert(model) afterwards"
+)
+
+
+def refuse_jit_trace() -> None:
+    """Raise RuntimeError if torch.jit.trace is at work."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.trace"))
+
+
+def refuse_onnx() -> None:
+    """Raise RuntimeError if torch.onnx.export is at work. Only a program that exports has imported torch.onnx."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.onnx.export"))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
