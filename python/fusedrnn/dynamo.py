@@ -21,11 +21,11 @@ import torch
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def allow(modules: type[torch.nn.Module]) -> None:
-    """Have Dynamo trace instances of ``modules``. Dynamo takes a second to import, so if it has not been, wait."""
+def allow(is_ours: Callable[[torch.nn.Module], bool]) -> None:
+    """Have Dynamo trace modules of ours. It takes a second to import, so if it has not been imported, wait."""
 
     def patch(builder: Any) -> None:
-        builder.VariableBuilder.wrap_module = _with_allow_rnn(builder.VariableBuilder.wrap_module, modules)
+        builder.VariableBuilder.wrap_module = _with_allow_rnn(builder.VariableBuilder.wrap_module, is_ours)
 
     if _BUILDER in sys.modules:
         patch(sys.modules[_BUILDER])
@@ -33,10 +33,12 @@ def allow(modules: type[torch.nn.Module]) -> None:
         sys.meta_path.insert(0, _AfterImport(_BUILDER, patch))
 
 
-def _with_allow_rnn(wrap_module: Callable[..., Any], modules: type[torch.nn.Module]) -> Callable[..., Any]:
+def _with_allow_rnn(
+    wrap_module: Callable[..., Any], is_ours: Callable[[torch.nn.Module], bool]
+) -> Callable[..., Any]:
     @wraps(wrap_module)
     def wrapper(self: Any, value: torch.nn.Module) -> Any:
-        if not isinstance(value, modules):
+        if not is_ours(value):
             return wrap_module(self, value)
         from torch._dynamo import config
 

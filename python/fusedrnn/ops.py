@@ -97,7 +97,12 @@ def _run(call: Call, choice: Choice, save: bool) -> tuple[list[Tensor], list[Ten
     choice.route = "called as an operator of torch (torch.ops.fusedrnn)"
     announce(call, choice)
     outputs, saved = autograd.forward(choice.engine, call, save and not choice.engine.traceable)
-    return [t.contiguous() for t in _present(outputs)], list(saved)
+    return [_owned(t, choice.engine) for t in _present(outputs)], list(saved)
+
+
+def _owned(tensor: Tensor, engine: Engine) -> Tensor:
+    """A contiguous tensor with memory of its own: torch operations may return the same memory twice, or the argument's."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format) if engine.traceable else tensor.contiguous()
 
 
 def _layer(*arguments: Any) -> list[Tensor]:
@@ -129,7 +134,7 @@ def _layer_backward(grads: _Tensors, *arguments: Any) -> list[Tensor]:
             saved = autograd.forward(engine, call, save=True)[1]
         found = autograd.backward(engine, call, tuple(saved), grads, needs)
     return [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else g.detach().contiguous()
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else _owned(g, engine)
         for t, g, need in zip(tensors, found, needs, strict=True)
         if need and t is not None
     ]

@@ -79,7 +79,7 @@ def explain(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Explanation
     stock = [
         name or type(m).__name__
         for name, m in module.named_modules()
-        if isinstance(m, torch.nn.RNNBase | torch.nn.RNNCellBase) and type(m).__module__.startswith("torch.")
+        if isinstance(m, torch.nn.RNNBase | torch.nn.RNNCellBase) and type(m).forward.__module__.startswith("torch.")
     ]
     return Explanation(tuple(decisions), tuple(stock))
 

@@ -129,7 +129,7 @@ def autograd_enabled_again() -> Iterator[None]:
 
 NO_OPERATORS_THERE = (
     "{} does not know the operators of fusedrnn: call fusedrnn.revert(model) first, which makes its modules those of "
-    "torch.nn again, and fusedrnn.convert(model) afterwards"
+    "torch.nn again, and fusedrnn.convert(model) afterwards (or leave fusedrnn.patch())"
 )
 
 
