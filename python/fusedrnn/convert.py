@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,10 @@ _OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 _STOCK = {ours: stock for stock, ours in _OURS.items()}
 _NAMES = frozenset(stock.__name__ for stock in _OURS)
+#: What a subclass may not redefine, if the forward of ours is to do what the subclass's own would.
+_OF_FORWARD = frozenset({"forward", "__call__", "check_input", "check_forward_args", "check_hidden_size"})
+#: The classes made by ``_class_for``, and what they were made for.
+_MADE_FOR: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
 
 @dataclass(frozen=True)
@@ -88,21 +93,54 @@ def _judge(module: torch.nn.Module) -> tuple[str, str] | None:
         return None
     if parametrize.is_parametrized(module):
         return "left alone", "parametrised: convert the model before registering parametrizations"
-    if kind not in _OURS:
-        base = next(stock for stock in _OURS if isinstance(module, stock)).__name__
-        return "left alone", f"a subclass, whose forward may be its own: derive it from fusedrnn.{base} instead"
+    of_subclass = kind.__mro__[: kind.__mro__.index(_stock_base(kind))]
+    if any(base.__name__ == "FSDPModule" for base in of_subclass):
+        return "left alone", "sharded: convert the model before fully_shard"
+    redefined = sorted(name for name in _OF_FORWARD if any(name in vars(base) for base in of_subclass))
+    if redefined:
+        base = _stock_base(kind).__name__
+        return "left alone", f"a subclass with its own {redefined[0]}: derive it from fusedrnn.{base} instead"
     if "forward" in vars(module):
         return "left alone", "its forward has been replaced"
     return "convertible", ""
+
+
+def _stock_base(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return next(base for base in kind.__mro__ if base in _OURS)
+
+
+@cache
+def _class_for(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class of ours that stands in for torch.nn's or, with all that it has of its own, for a subclass of it."""
+    if kind in _OURS:
+        return _OURS[kind]
+
+    def reduce(self: torch.nn.Module, protocol: int) -> tuple[object, ...]:
+        _, _, state, *_ = object.__reduce_ex__(self, 2)
+        return _restore, (kind,), state
+
+    made = type(
+        kind.__name__,
+        (_OURS[_stock_base(kind)], kind),
+        {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "__reduce_ex__": reduce},
+    )
+    _MADE_FOR[made] = kind
+    return made
+
+
+def _restore(kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """An empty converted instance, for pickle and copy, which can't find a class that was made here by its name."""
+    made = _class_for(kind)
+    return made.__new__(made)
 
 
 def convert(model: Model, *, verbose: bool = False) -> Model:
     """Make every torch.nn.RNN, LSTM, GRU and their cells inside ``model`` run on fusedrnn.
 
     The modules change their class in place and stay the same objects: parameters, optimizers that hold them, hooks,
-    train or eval mode, state_dict and sharing are untouched, and ``isinstance`` finds torch.nn's classes still.
-    Subclasses of these, parametrised, quantised and scripted modules are left alone: :func:`survey` names them. For
-    code that asks ``type(m) is torch.nn.LSTM`` there is :func:`patch`.
+    train or eval mode, state_dict and sharing are untouched, and ``isinstance`` finds the class they had still.
+    Subclasses with a forward of their own, parametrised, sharded, quantised and scripted modules are left alone:
+    :func:`survey` names them. For code that asks ``type(m) is torch.nn.LSTM`` there is :func:`patch`.
 
     Args:
         model: any module, a recurrent one itself included.
@@ -115,7 +153,7 @@ def convert(model: Model, *, verbose: bool = False) -> Model:
     for name, module in model.named_modules():
         if _judge(module) == ("convertible", ""):
             changed.append(Finding(name, _kind(module), "converted"))
-            module.__class__ = _OURS[type(module)]  # type: ignore[assignment]
+            module.__class__ = _class_for(type(module))  # type: ignore[assignment]
     if verbose:
         names = {finding.name for finding in changed}
         rest = [finding for finding in survey(model).findings if finding.name not in names]
@@ -126,6 +164,8 @@ def convert(model: Model, *, verbose: bool = False) -> Model:
 def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
+    Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone.
+
     Args:
         model: any module, a recurrent one itself included.
 
@@ -133,9 +173,9 @@ def revert(model: Model) -> Model:
         ``model``.
     """
     for module in model.modules():
-        stock = _STOCK.get(type(module))
-        if stock is not None:
-            module.__class__ = stock  # type: ignore[assignment]
+        before = _STOCK.get(type(module)) or _MADE_FOR.get(type(module))
+        if before is not None:
+            module.__class__ = before  # type: ignore[assignment]
     return model
 
 
