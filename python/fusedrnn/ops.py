@@ -405,10 +405,16 @@ def _layer_backward_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tup
     return _members_of_rows(results, info.batch_size)
 
 
+# The kernels take any strides. Older releases of torch do not know the second tag, and act so without.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, name)
+)
+
+
 def _register(
     name: str, schema: str, kernel: Any, fake: Any, autograd_rule: Any, vmap_rule: Any
 ) -> None:
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd_rule, "Autograd")
     torch.library.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
