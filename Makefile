@@ -13,7 +13,7 @@ ON_GPU := PYTHONPATH=$(GPU_SITE) $(PYTHON)
 SHARD ?= 1/4
 MINUTES ?= 5
 
-.PHONY: demo test test-full sanitize bench lint format verify wheel wheel-check gpu-build gpu-check gpu-bench clean
+.PHONY: demo test test-full clients sanitize bench lint format verify wheel wheel-check gpu-build gpu-check gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built ## train a small language model with torch.nn and with fusedrnn, side by side
@@ -30,6 +30,17 @@ verify: $(VENV)/built ## every engine against float64 on this machine
 
 bench: $(VENV)/built ## the grid against torch.nn; results under bench/results
 	$(BIN)/python -m fusedrnn bench
+
+# Programs of other packages, trained with torch.nn and with fusedrnn: in an environment of their own.
+CLIENTS := build/clients
+clients: $(CLIENTS)/ready ## other packages, stock against converted
+	$(CLIENTS)/bin/python tests/clients/run.py
+
+$(CLIENTS)/ready: $(SOURCES) $(shell git ls-files python 2>/dev/null) tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r tests/clients/requirements.txt .
+	touch $@
 
 # The C++ tests, under the address and undefined-behaviour sanitizers, and the barrier under the thread sanitizer.
 sanitize: $(VENV)/tools

@@ -118,14 +118,19 @@ class TestHigherOrders:
 # Forward mode compiles some of torch's own decompositions so.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 class TestTransforms:
-    """torch.func, forward mode and batched gradients: the automatic choice goes to an engine that they see through."""
+    """torch.func, forward mode and batched gradients: operators with rules for them, or the reference."""
 
     def test_explain_says_so(self):
         module, heard = fusedrnn.GRU(I, H), []
         torch.func.vmap(lambda x: heard.append(fusedrnn.explain(module, x)) or x)(torch.randn(5, 3, 2, I))
         (decision,) = heard[0].decisions
+        assert decision.engine == "cpu"
+        assert "B=10" in decision.layer  # the five members are more rows of one call
+        assert "called as an operator of torch (torch.ops.fusedrnn)" in decision.reasons
+        with forward_ad.dual_level():
+            (decision,) = fusedrnn.explain(module, torch.randn(3, 2, I)).decisions
         assert decision.engine == "reference"
-        assert "not cpu: inside a torch.func transform" in decision.reasons
+        assert "not cpu: inside forward-mode differentiation" in decision.reasons
 
     def test_vmap_over_inputs(self, kind):
         module = build(fusedrnn, kind, I, H, dtype=torch.float64)

@@ -520,15 +520,110 @@ class TestConvert:
         optimizer.step()
         assert not torch.equal(model["lstm"].weight_hh_l1, before)
 
-    def test_subclasses_are_left_alone(self):
-        class Theirs(torch.nn.LSTM):
-            pass
+    def test_subclasses(self):
+        """Converted unless their forward is their own; they keep what is, through pickle and copies too."""
+        module = Remembering(I, H)
+        call = call_of(module, T, B)
+        expected = module(*call)
+        assert fusedrnn.convert(module) is module
+        assert isinstance(module, Remembering)
+        assert isinstance(module, fusedrnn.LSTM)
+        assert type(module).__name__ == "Remembering"
+        assert module.remembers()
+        for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert type(other) is type(module)
+            assert_close(other(*call), expected)
+            assert len(fusedrnn.explain(other, *call).decisions) == 1
+        assert type(fusedrnn.revert(module)) is Remembering
+
+    def test_left_alone(self):
+        class Own(torch.nn.LSTM):
+            def forward(self, input):
+                return super().forward(input)[0]
 
         class Ours(fusedrnn.LSTM):
             pass
 
-        assert type(fusedrnn.convert(Theirs(I, H))) is Theirs
+        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+            scripted = torch.jit.script(torch.nn.GRU(I, H))
+        replaced = torch.nn.RNN(I, H)
+        replaced.forward = lambda x: x
+        with pytest.warns(UserWarning, match="quantized tensor creation functions"):
+            quantised = torch.ao.nn.quantized.dynamic.LSTM(I, H)
+        model = torch.nn.ModuleDict(
+            {
+                "own": Own(I, H),
+                "scripted": scripted,
+                "parametrised": parametrizations.weight_norm(torch.nn.GRU(I, H), "weight_hh_l0"),
+                "quantised": quantised,
+                "replaced": replaced,
+                "ours": Ours(I, H),
+                "stock": torch.nn.GRUCell(I, H),
+            }
+        )
+        classes = {name: type(m) for name, m in model.items()}
+        reasons = {f.name: (f.verdict, f.reason) for f in fusedrnn.survey(model).findings}
+        assert reasons.pop("stock") == ("convertible", "")
+        assert reasons.pop("ours") == ("fusedrnn", "")
+        assert {verdict for verdict, _ in reasons.values()} == {"left alone"}
+        for name, word in {
+            "own": "own forward",
+            "scripted": "scripted",
+            "parametrised": "before registering",
+            "quantised": "quantised",
+            "replaced": "replaced",
+        }.items():
+            assert word in reasons[name][1]
+        fusedrnn.convert(model)
+        classes["stock"] = fusedrnn.GRUCell
+        assert {name: type(m) for name, m in model.items()} == classes
         assert type(fusedrnn.revert(Ours(I, H))) is Ours
+
+    def test_says_what_it_did(self, capsys):
+        fusedrnn.convert(torch.nn.Sequential(torch.nn.LSTM(I, H), torch.nn.Linear(H, H)), verbose=True)
+        assert capsys.readouterr().out == "0 (torch.nn.modules.rnn.LSTM): converted\n"
+        assert str(fusedrnn.survey(torch.nn.Linear(I, H))) == "no recurrent module"
+
+
+class Remembering(torch.nn.LSTM):
+    """A subclass that changes everything but the forward."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.bias_ih_l0.data[self.hidden_size : 2 * self.hidden_size] += 2
+
+    def remembers(self):
+        return True
+
+
+class TestPatch:
+    def test_everything_of_torch_inside_the_block(self, kind):
+        class Doubling(torch.nn.GRU):
+            def forward(self, input):
+                return 2 * super().forward(input)[0]
+
+        theirs, _ = twins(kind, I, H, dtype=torch.float64)
+        call = call_of(theirs, *batch_of(kind), requires_grad=True)
+        doubling, x = Doubling(I, H), torch.randn(T, B, I)
+        expected, doubled = backward(theirs, *call), doubling(x)
+        forward = type(theirs).forward
+        with fusedrnn.patch():
+            assert len(fusedrnn.explain(theirs, *call).decisions) == 1
+            assert fusedrnn.explain(theirs, *call).stock == ()
+            assert_close(backward(theirs, *call), expected)
+            assert_close(doubling(x), doubled)
+            assert type(theirs) is getattr(torch.nn, type(theirs).__name__)
+            with fusedrnn.patch():
+                pass
+            assert len(fusedrnn.explain(theirs, *call).decisions) == 1
+        assert type(theirs).forward is forward
+        assert fusedrnn.explain(theirs, *call).decisions == ()
+
+    def test_ends_with_an_exception(self):
+        before = {name: dict(vars(getattr(torch.nn, name))) for name in ("LSTM", "GRUCell")}
+        with pytest.raises(KeyError), fusedrnn.patch():
+            raise KeyError
+        assert before == {name: dict(vars(getattr(torch.nn, name))) for name in ("LSTM", "GRUCell")}
 
 
 class TestExplain:
@@ -646,12 +741,9 @@ class TestEngineChoice:
             pytest.raises(RuntimeError, match=f"engine '{name}' was asked for .* input is on meta"),
         ):
             module(torch.randn(T, B, I, device="meta"))
-        module = fusedrnn.GRUCell(I, H)
-        with (
-            fusedrnn.engine(name),
-            pytest.raises(RuntimeError, match=f"engine '{name}' was asked for .* torch.func transform"),
-        ):
-            torch.func.vmap(module)(torch.randn(3, B, I))
+        module, x = fusedrnn.GRUCell(I, H), torch.randn(3, B, I)
+        with fusedrnn.engine(name):
+            assert_close(torch.func.vmap(module)(x), torch.stack([module(rows) for rows in x]))
 
     def test_backward_runs_on_the_engine_of_forward(self, kind):
         module = build(fusedrnn, kind, I, H)

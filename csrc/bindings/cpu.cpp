@@ -339,6 +339,12 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
   return result;
 }
 
+// Values that forward saves for each token and direction, for those who must know before there are tensors to look at.
+int64_t saved_per_token(const std::string& cell, int64_t H, int64_t R, bool projected) {
+  const CellFacts& facts = cell_facts[cell_index(cell)];
+  return saved_size(facts.kept, facts.states, 1, H, R, projected);
+}
+
 py::list isas() {
   py::list names;
   for (const Kernels* const* k = available_kernels(); *k; ++k) names.append((*k)->name);
@@ -365,6 +371,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
         py::arg("weights"), py::arg("saved"), py::arg("grads"), py::arg("needs"), py::arg("threads"),
         "Gradients of input, hx and weights, None where not needed.");
+  m.def("saved_per_token", &saved_per_token, py::arg("cell"), py::arg("hidden"), py::arg("output"),
+        py::arg("projected"), "Values that forward saves for each token and direction.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def("isas", &isas, "Names of the instruction sets that this machine runs, best first.");
   m.def(

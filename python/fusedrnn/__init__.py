@@ -1,7 +1,7 @@
 """Fused RNN, LSTM and GRU kernels for PyTorch: drop-in modules, functions, and an honest account of what ran."""
 
 from . import functional, nn
-from .convert import convert, revert
+from .convert import convert, patch, revert, survey
 from .engines import engine
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .report import explain, info
@@ -21,5 +21,7 @@ __all__ = [
     "functional",
     "info",
     "nn",
+    "patch",
     "revert",
+    "survey",
 ]

@@ -1,37 +1,19 @@
-"""How a call reaches its engine, and how autograd sees the engines that are not made of torch operations."""
+"""How autograd sees the engines that are not made of torch operations, and the gradients of any order behind that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .engines import ENGINES, Choice, choose
+from .engines import ENGINES
 from .engines.base import Call, Engine, Outputs, Saved
-from .torch_state import batched
-
-#: While set, every call is reported to it: this is how ``explain`` listens.
-listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
+from .torch_state import legacy_batched, unusual_mode
 
 
-def run(call: Call) -> Outputs:
-    """Run one layer on the engine that suits it, with gradients if they are wanted."""
-    choice = choose(call)
-    listen = listener.get()
-    if listen is not None:
-        listen(call, choice)
-    engine = choice.engine
-    if engine.traceable:
-        return engine.forward(call, save=False)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors()):
-        return _Layer.apply(engine, call.without_tensors(), *call.tensors())  # type: ignore[no-any-return,no-untyped-call]
-    return _forward(engine, call, save=False)[0]
-
-
-def _forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
+def forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
     """The engine's forward in the dtype that it computes in."""
     dtype = call.input.dtype
     compute = engine.computes_in(dtype)
@@ -42,7 +24,7 @@ def _forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
     return tuple(None if t is None else t.to(dtype) for t in outputs), saved
 
 
-def _backward(
+def backward(
     engine: Engine, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The engine's backward in the dtype that it computes in."""
@@ -55,12 +37,12 @@ def _backward(
     return tuple(None if g is None else g.to(dtype) for g in result)
 
 
-class _Layer(torch.autograd.Function):
-    """One layer. Its gradient is the engine's own."""
+class Layer(torch.autograd.Function):
+    """One layer in plain eager mode. Its gradient is the engine's own."""
 
     @staticmethod
     def forward(ctx: Any, engine: Engine, template: Call, *tensors: Tensor | None) -> Outputs:
-        outputs, saved = _forward(engine, template.with_tensors(tensors), save=True)
+        outputs, saved = forward(engine, template.with_tensors(tensors), save=True)
         ctx.engine, ctx.template, ctx.count = engine, template, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)
@@ -71,24 +53,28 @@ class _Layer(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         needs = ctx.needs_input_grad[2:]
-        if batched(grads):
-            result = _reference_gradient(ctx.template, tensors, grads, needs)
+        if legacy_batched(grads):
+            result = gradient(ENGINES["reference"], ctx.template.with_tensors(tensors), grads, needs)
+        elif unusual_mode() is not None:
+            from . import ops
+
+            result = ops.layer_backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
         elif torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
             apply = _LayerBackward.apply
             result = apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)  # type: ignore[no-untyped-call]
         else:
-            result = _backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
+            result = backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
         return None, None, *result
 
 
-def _reference_gradient(
-    template: Call, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool]
+def gradient(
+    engine: Engine, call: Call, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of one layer by differentiating the reference engine; it is differentiable itself."""
+    """The gradient of one layer by differentiating a traceable engine; it is differentiable itself."""
     with torch.enable_grad():
-        outputs, _ = ENGINES["reference"].forward(template.with_tensors(inputs), save=False)
+        outputs, _ = engine.forward(call, save=False)
         given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+        wanted = [t for t, need in zip(call.tensors(), needs, strict=True) if need and t is not None]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
@@ -111,7 +97,7 @@ class _LayerBackward(torch.autograd.Function):
         ctx.template, ctx.needs, ctx.outputs = template, needs, outputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return _backward(engine, template.with_tensors(tensors[outputs:]), saved, tensors[:outputs], needs)
+        return backward(engine, template.with_tensors(tensors[outputs:]), saved, tensors[:outputs], needs)
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -119,7 +105,8 @@ class _LayerBackward(torch.autograd.Function):
             # Views, so that derivatives are taken with respect to this function's arguments only, not to
             # what one argument may owe another.
             variables = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        first = _reference_gradient(ctx.template, variables[ctx.outputs :], variables[: ctx.outputs], ctx.needs)
+        call = ctx.template.with_tensors(variables[ctx.outputs :])
+        first = gradient(ENGINES["reference"], call, variables[: ctx.outputs], ctx.needs)
         pairs = [
             (f, s) for f, s in zip(first, second, strict=True) if f is not None and s is not None and f.requires_grad
         ]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import listener, run
 from .cells import CELLS, Cell
-from .engines import cpu, is_cpu_engine_likely
+from .engines import cpu, is_cpu_engine_likely, listener
 from .engines.base import WEIGHTS_PER_DIRECTION, Call
+from .route import run
 from .torch_state import autocast_dtype, unusual_mode
 
 

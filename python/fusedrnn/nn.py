@@ -8,14 +8,15 @@ of these, and back, by changing its class: see :func:`fusedrnn.convert`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import dynamo, functional
 from .cells import CELLS, MODES, Cell
+from .torch_state import NO_OPERATORS_THERE
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -29,7 +30,14 @@ def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Fused(torch.nn.Module):
+    """What all our modules have."""
+
+    def __prepare_scriptable__(self) -> NoReturn:  # noqa: PLW3201 (torch.jit.script calls it)
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.script"))
+
+
+class _Recurrent(_Fused, torch.nn.RNNBase):
     """``forward`` for all of torch.nn's sequence modules."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -47,78 +55,89 @@ class _Recurrent(torch.nn.RNNBase):
         """
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
-        states = self._states(cell, hx)
+        states = _states(cell, hx)
         if self.num_layers == 1:
             layout = "batch_first" if self.batch_first else "time_major"
             quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
             if quick is not None:
                 return quick[0], quick[1] if len(quick) == 2 else quick[1:]
         if isinstance(input, PackedSequence):
-            return self._forward_packed(cell, input, hx, weights)
-        if not self._looks_right(input, hx, weights):
-            self._check(cell, input, hx)
+            return _forward_packed(self, cell, input, hx, weights)
+        # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
+        if not _looks_right(self, input, hx, weights) and not torch.compiler.is_compiling():
+            _check(self, cell, input, hx)
         output, last = functional.sequence(
-            cell, input, states, weights, batch_first=self.batch_first, **self._options()
+            cell, input, states, weights, batch_first=self.batch_first, **_options(self)
         )
         return output, last[0] if len(last) == 1 else tuple(last)
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "bias": self.bias,
-            "num_layers": self.num_layers,
-            "dropout": self.dropout,
-            "training": self.training,
-            "bidirectional": self.bidirectional,
-            "projected": self.proj_size > 0,
-        }
 
-    def _states(self, cell: Cell, hx: Any) -> Sequence[Tensor | None]:
-        if len(cell.states) == 1:
-            return (hx,)
-        return (None,) * len(cell.states) if hx is None else hx
+def _options(module: torch.nn.RNNBase) -> dict[str, Any]:
+    return {
+        "bias": module.bias,
+        "num_layers": module.num_layers,
+        "dropout": module.dropout,
+        "training": module.training,
+        "bidirectional": module.bidirectional,
+        "projected": module.proj_size > 0,
+    }
 
-    def _looks_right(self, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
-        """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
-        shape = input.shape
-        return hx is None and len(shape) == 3 and shape[2] == self.input_size and input.dtype == weights[0].dtype
 
-    def _check(self, cell: Cell, input: Tensor, hx: Any) -> None:
-        """Raise what torch.nn raises: its own checks, in its order."""
-        self._update_flat_weights()  # torch.func.functional_call exchanges weights behind the list that checks read
-        if input.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        batched = input.dim() == 3
-        if not batched:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-        if hx is None:
-            self.check_input(input, None)
-            return
-        several = len(cell.states) > 1
-        dims = [hx[0].dim(), hx[1].dim()] if several else [hx.dim()]
-        if any(d != (3 if batched else 2) for d in dims):
-            kind, want = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
-            got = ", ".join(f"{d}-D" for d in dims)
-            raise RuntimeError(f"For {kind} input, hx should also be {want}-D but got ({got}) tensors")
-        if not batched:
-            hx = tuple(h.unsqueeze(1) for h in hx) if several else hx.unsqueeze(1)
-        self.check_forward_args(input, hx, None)
+def _states(cell: Cell, hx: Any) -> Sequence[Tensor | None]:
+    if len(cell.states) == 1:
+        return (hx,)
+    return (None,) * len(cell.states) if hx is None else hx
 
-    def _forward_packed(self, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]) -> Any:
-        data, batch_sizes, sorted_indices, unsorted_indices = packed
-        several = len(cell.states) > 1
-        if hx is None:
-            self.check_input(data, batch_sizes)
-        else:
-            hx = self.permute_hidden(hx, sorted_indices)
-            self.check_forward_args(data, hx, batch_sizes)
-        output, last = functional.sequence(
-            cell, data, self._states(cell, hx), weights, batch_sizes=batch_sizes, **self._options()
-        )
-        final: Any = tuple(last) if several else last[0]
-        return (
-            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-            self.permute_hidden(final, unsorted_indices),
-        )
+
+def _looks_right(module: torch.nn.RNNBase, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
+    """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
+    shape = input.shape
+    return hx is None and len(shape) == 3 and shape[2] == module.input_size and input.dtype == weights[0].dtype
+
+
+def _check(module: torch.nn.RNNBase, cell: Cell, input: Tensor, hx: Any) -> None:
+    """Raise what torch.nn raises: its own checks, in its order."""
+    module._update_flat_weights()  # torch.func.functional_call exchanges weights behind the list that checks read
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    batched = input.dim() == 3
+    if not batched:
+        input = input.unsqueeze(0 if module.batch_first else 1)
+    if hx is None:
+        module.check_input(input, None)
+        return
+    several = len(cell.states) > 1
+    dims = [hx[0].dim(), hx[1].dim()] if several else [hx.dim()]
+    if any(d != (3 if batched else 2) for d in dims):
+        kind, want = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
+        got = ", ".join(f"{d}-D" for d in dims)
+        raise RuntimeError(f"For {kind} input, hx should also be {want}-D but got ({got}) tensors")
+    if not batched:
+        hx = tuple(h.unsqueeze(1) for h in hx) if several else hx.unsqueeze(1)
+    module.check_forward_args(input, hx, None)
+
+
+def _forward_packed(
+    module: torch.nn.RNNBase, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]
+) -> Any:
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    several = len(cell.states) > 1
+    if hx is not None:
+        hx = module.permute_hidden(hx, sorted_indices)
+    if torch.compiler.is_compiling():
+        pass  # batch_sizes has no values to check with
+    elif hx is None:
+        module.check_input(data, batch_sizes)
+    else:
+        module.check_forward_args(data, hx, batch_sizes)
+    output, last = functional.sequence(
+        cell, data, _states(cell, hx), weights, batch_sizes=batch_sizes, **_options(module)
+    )
+    final: Any = tuple(last) if several else last[0]
+    return (
+        PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+        module.permute_hidden(final, unsorted_indices),
+    )
 
 
 class RNN(_Recurrent, torch.nn.RNN):
@@ -133,10 +152,18 @@ class GRU(_Recurrent, torch.nn.GRU):
     """torch.nn.GRU, run by fusedrnn."""
 
 
+def _is_ours(module: torch.nn.Module) -> bool:
+    """Whether the module, or inside ``fusedrnn.patch`` its base, runs our forward."""
+    return any(vars(kind).get("forward") is _Recurrent.forward for kind in type(module).__mro__)
+
+
+dynamo.allow(_is_ours)
+
+
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(_Fused, torch.nn.RNNCell):
     """torch.nn.RNNCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -146,7 +173,7 @@ class RNNCell(torch.nn.RNNCell):
         return functional.cell_step(CELLS[f"rnn_{self.nonlinearity}"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_Fused, torch.nn.LSTMCell):
     """torch.nn.LSTMCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -156,7 +183,7 @@ class LSTMCell(torch.nn.LSTMCell):
         return h, c
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_Fused, torch.nn.GRUCell):
     """torch.nn.GRUCell, run by fusedrnn."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import engines, installation
-from .autograd import listener
+from .engines import listener
 from .engines.base import Call
 from .gpus import describe_gpus, describe_paths
 
@@ -80,7 +80,7 @@ def explain(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Explanation
     stock = [
         name or type(m).__name__
         for name, m in module.named_modules()
-        if isinstance(m, torch.nn.RNNBase | torch.nn.RNNCellBase) and type(m).__module__.startswith("torch.")
+        if isinstance(m, torch.nn.RNNBase | torch.nn.RNNCellBase) and type(m).forward.__module__.startswith("torch.")
     ]
     return Explanation(tuple(decisions), tuple(stock))
 
@@ -96,6 +96,8 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
     if call.batch_sizes is not None:
         details.append("packed")
     reasons = ["asked for by fusedrnn.engine or FUSEDRNN_ENGINE"] if choice.forced else []
+    if choice.route is not None:
+        reasons.append(choice.route)
     reasons += [f"not {name}: {why}" for name, why in choice.declined.items()]
     compute = engine.computes_in(dtype)
     if compute != dtype:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
+# As torch._C._AutoDispatchBelowAutograd excludes them.
+_AUTOGRAD_KEYS = tuple(
+    getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+)
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
@@ -26,7 +33,7 @@ def unusual_mode() -> str | None:
         return "torch is compiling or tracing"
     if _functorch_level() is not None:
         return "inside a torch.func transform"
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "inside forward-mode differentiation"
     if _dispatch_modes():
         return "inside a torch dispatch mode"
@@ -45,10 +52,97 @@ def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
-def batched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any of the gradients stands for many: ``torch.autograd.grad(..., is_grads_batched=True)``, or vmap."""
+def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a tensor among these would not know what to do with an operator of ours, or None if all would.
+
+    Subclasses that handle the dispatcher's operators themselves (masked, distributed, quantised tensors) know torch's
+    own. Those of torch's own tracers know them all.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        kind = type(tensor)
+        if (
+            isinstance(tensor, Tensor)
+            and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+            and not kind.__module__.startswith("torch._subclasses.")
+        ):
+            return f"the tensor subclass {kind.__name__} handles torch's own operators only"
+    return None
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without a subclass that only renames it."""
+    return tensor if type(tensor) in _PLAIN_TYPES else tensor.as_subclass(Tensor)  # type: ignore[union-attr]
+
+
+def in_forward_mode(tensors: Iterable[Tensor | None] = ()) -> bool:
+    """Whether forward-mode derivatives are about: at any level of torch.func, or on one of these tensors.
+
+    torch.compile enters forward mode without telling torch.autograd.forward_ad; it is then among the dispatch modes.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
+        return True
+    return _dispatch_modes() > 0 and _has_tangent(tensors)
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of these tensors carries a forward-mode derivative at the level of torch.func that is looking."""
+    tensors = tuple(tensors)
+    return in_forward_mode(tensors) and _has_tangent(tensors)
+
+
+def _has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)  # type: ignore[attr-defined]
+
+
+def legacy_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of the gradients stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    That is an older vmap than torch.func's, and no operator can have a rule for it.
+    """
     is_legacy = torch._C._functorch.is_legacy_batchedtensor
-    return why_not_plain(tensors) is not None or any(t is not None and is_legacy(t) for t in tensors)
+    return any(t is not None and is_legacy(t) for t in tensors)
+
+
+def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """Apply the Function inside a kernel that the dispatcher called for autograd, whoever called the dispatcher.
+
+    ``Function.apply`` would hand the call to all levels of torch.func, but the kernel runs at one of them already.
+    """
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[no-any-return,misc]
+
+
+@contextmanager
+def autograd_enabled_again() -> Iterator[None]:
+    """Autograd records inside the block, though a kernel of an operator runs below it."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
+
+
+NO_OPERATORS_THERE = (
+    "{} does not know the operators of fusedrnn: call fusedrnn.revert(model) first, which makes its modules those of "
+    "torch.nn again, and fusedrnn.convert(model) afterwards (or leave fusedrnn.patch())"
+)
+
+
+def refuse_jit_trace() -> None:
+    """Raise RuntimeError if torch.jit.trace is at work."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.trace"))
+
+
+def refuse_onnx() -> None:
+    """Raise RuntimeError if torch.onnx.export is at work. Only a program that exports has imported torch.onnx."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NO_OPERATORS_THERE.format("torch.onnx.export"))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

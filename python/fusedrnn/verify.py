@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import GRU, LSTM, RNN, engine
-from .autograd import listener
 from .bench.contestants import difference
 from .bench.timer import torch_threads
-from .engines import ENGINES, cpu
+from .engines import ENGINES, cpu, listener
 from .engines.base import Call
 from .torch_state import tf32_in_rnns
 

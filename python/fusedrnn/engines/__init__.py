@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from ..torch_state import why_not_plain
 from .base import Call, Engine
 from .cpu import CpuEngine
 from .cuda import CudaEngine
@@ -60,37 +59,45 @@ def is_cpu_engine_likely() -> bool:
 
 @dataclass
 class Choice:
-    """Which engine serves a call, and why the ones before it did not."""
+    """Which engine serves a call, why the ones before it did not, and which way the call came if not directly."""
 
     engine: Engine
     forced: bool
     declined: dict[str, str] = field(default_factory=dict)
-
-
-def _objection(candidate: Engine, call: Call, not_plain: str | None) -> str | None:
-    if not_plain is not None and not candidate.traceable:
-        return not_plain
-    return candidate.available() or candidate.supports(call)
+    route: str | None = None
 
 
 def choose(call: Call) -> Choice:
-    """The engine that serves ``call`` now.
+    """The engine that serves ``call`` now. It depends on the tensors' dtype, device and layout, not on their values.
 
     Raises:
         RuntimeError: the engine asked for does not support the call; the message says why.
     """
-    not_plain = why_not_plain(call.tensors())
     name = _forced.get(_default)
     if name != AUTO:
-        objection = _objection(ENGINES[name], call, not_plain)
+        objection = _objection(ENGINES[name], call)
         if objection is not None:
             raise RuntimeError(f"engine {name!r} was asked for but does not support this call: {objection}")
         return Choice(ENGINES[name], forced=True)
     declined: dict[str, str] = {}
     for candidate in ENGINES.values():
-        # Stock torch has no second derivatives, forward mode or vmap of its recurrent kernels: go on to reference.
-        objection = not_plain if candidate.name == "torch" else _objection(candidate, call, not_plain)
+        objection = _objection(candidate, call)
         if objection is None:
             return Choice(candidate, forced=False, declined=declined)
         declined[candidate.name] = objection
     raise AssertionError("the reference engine supports every call")
+
+
+def _objection(candidate: Engine, call: Call) -> str | None:
+    return candidate.available() or candidate.supports(call)
+
+
+#: While set, every call is reported to it: this is how ``explain`` listens.
+listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
+
+
+def announce(call: Call, choice: Choice) -> None:
+    """Tell the listener, if there is one."""
+    listen = listener.get()
+    if listen is not None:
+        listen(call, choice)

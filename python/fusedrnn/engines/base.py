@@ -52,6 +52,11 @@ class Call:
         return self.input.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
 
     @property
+    def tokens(self) -> int:
+        """Rows of the input, all steps of all sequences together."""
+        return self.input.shape[0] if self.batch_sizes is not None else self.input.shape[0] * self.input.shape[1]
+
+    @property
     def hidden_size(self) -> int:
         return self.weights[0].shape[0] // len(self.cell.gates)  # type: ignore[union-attr]
 
@@ -91,8 +96,11 @@ class Call:
         """The same call with every tensor on a device."""
         return self.with_tensors([None if t is None else t.to(device) for t in self.tensors()])
 
-    def check(self) -> None:
+    def check(self, batch: int | torch.SymInt | None = None) -> None:
         """Check every shape, dtype and device.
+
+        Args:
+            batch: the number of sequences where the values of ``batch_sizes`` cannot be read, as they have no memory.
 
         Raises:
             RuntimeError: names the tensor, what it is and what was expected.
@@ -102,13 +110,13 @@ class Call:
             if input_.dim() != 3:
                 raise RuntimeError(f"input must have 3 dimensions (time, batch, feature), got {input_.dim()}")
         else:
-            self._check_batch_sizes()
+            self._check_batch_sizes(values=batch is None)
         if self.time == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         first = self.weights[1]
         if first is None or first.dim() != 2:
             raise RuntimeError("weight_hh must be a matrix")
-        hidden, batch, features = first.shape[0] // gates, self.batch, input_.shape[-1]
+        hidden, features = first.shape[0] // gates, input_.shape[-1]
         for direction in range(self.directions):
             weights = self.of_direction(direction)
             projected = weights[4] is not None
@@ -132,23 +140,26 @@ class Call:
                     self._check_tensor(name, weight, shape)
             if (weights[2] is None) != (weights[3] is None):
                 raise RuntimeError("bias_ih and bias_hh must be given together")
+        batch = self.batch if batch is None else batch
         for name, state, width in zip(self.cell.states, self.hx, self.widths(), strict=True):
             if state is not None:
                 self._check_tensor(f"{name}_0", state, (self.directions, batch, width))
 
-    def _check_batch_sizes(self) -> None:
+    def _check_batch_sizes(self, values: bool) -> None:
         sizes = self.batch_sizes
         assert sizes is not None
         if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
             raise RuntimeError("batch_sizes should always be on CPU, one-dimensional, int64")
         if self.input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions (tokens, feature), got {self.input.dim()}")
+        if not values:
+            return
         if len(sizes) and (int(sizes[-1]) < 1 or bool((sizes[1:] > sizes[:-1]).any())):
             raise RuntimeError("batch_sizes must be positive and must not rise along time")
         if int(sizes.sum()) != self.input.shape[0]:
             raise RuntimeError(f"batch_sizes add up to {int(sizes.sum())}, but input has {self.input.shape[0]} rows")
 
-    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int | torch.SymInt, ...]) -> None:
         if tuple(tensor.shape) != shape:
             raise RuntimeError(f"Expected {name} of shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != self.input.dtype:
@@ -191,6 +202,13 @@ class Engine(Protocol):
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         """Run the layer; with ``save`` keep what ``backward`` needs."""
+
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        """The shapes of what ``forward`` saves, in the dtype that the engine computes in.
+
+        torch.compile must know them before anything runs, from tensors without memory. An engine that returns none
+        has ``forward`` run again for ``backward`` there.
+        """
 
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]

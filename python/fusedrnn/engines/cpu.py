@@ -49,6 +49,12 @@ class CpuEngine:
                 raise RuntimeError(str(error)) from None
         return tuple(outputs), (saved,) if save else ()
 
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        assert _cpu is not None
+        projected = call.weights[4] is not None
+        each = _cpu.saved_per_token(call.cell.name, int(call.hidden_size), int(call.output_size), projected)
+        return ((call.directions * call.tokens * each,),)
+
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:

@@ -84,6 +84,11 @@ class NumbaEngine:
                 )
         return (output, *states), (kept,) if save else ()
 
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        from ._numba_kernels import KERNELS
+
+        return ((call.directions, call.tokens, KERNELS[call.cell.name].keeps, call.hidden_size),)
+
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:

@@ -37,6 +37,9 @@ class ReferenceEngine:
         states = (torch.stack(values) for values in zip(*(final for _, final in runs), strict=True))
         return (output, *states), ()
 
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        return ()
+
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:

@@ -43,6 +43,9 @@ class TorchEngine:
             result = network(call.input, call.batch_sizes, states, weights, bias, 1, 0.0, train, bidirectional)
         return result, ()
 
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        return ()
+
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
