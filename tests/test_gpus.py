@@ -17,7 +17,7 @@ class Engine:
 
     def plan(self, device, cell, arithmetic, T, B, H, directions, backward):
         widest = 512 if backward else 1024
-        name = "per_step" if H > widest or arithmetic == "f64" else "one_cta" if H <= 64 else "grid"
+        name = "per_step" if widest < H or arithmetic == "f64" else "one_cta" if H <= 64 else "grid"
         return SimpleNamespace(native=SimpleNamespace(path=SimpleNamespace(name=name)))
 
 

@@ -30,9 +30,9 @@ struct Geometry {
   int blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
   int ring_row;               // bytes of a sequence in the ring
   int ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
-  void* ring;                     // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
-  unsigned* arrivals;             // (directions, slices), zeroed, 128 bytes apart
-  void* states;                   // per step: Real (directions, states, B, H)
+  void* ring;                 // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
+  unsigned* arrivals;         // (directions, slices), zeroed, 128 bytes apart
+  void* states;               // per step: Real (directions, states, B, H)
   // Byte offsets in shared memory.
   int sums_at, bias_at, states_at, weights_at, ring_at;
 };

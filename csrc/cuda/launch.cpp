@@ -86,7 +86,7 @@ Geometry geometry_of(const Sizes& sizes, const Plan& plan, int64_t* shared_bytes
   g.ring_at = take(plan.path == Path::one_cta ? 2 * g.ring_rows * g.ring_row : 0);
   g.weights_at = take(static_cast<int64_t>(plan.row_groups) * plan.k_groups * plan.shared_blocks * shape.tiles *
                       tile_rows * block_bytes);
-    if (shared_bytes) *shared_bytes = at;
+  if (shared_bytes) *shared_bytes = at;
   return g;
 }
 
@@ -107,7 +107,8 @@ double persistent_step(const Sizes& sizes, const Shape& shape, const Plan& plan)
   const double streamed = std::max(0.0, each - in_registers - in_shared);
   const double kb = warps * shape.tiles;
   const double product = (scalar ? 64.0 : 16.0) * tile_blocks / 4;
-  const double memory = in_shared * kb * 8 + streamed * kb * 30 + static_cast<double>(plan.row_groups) * plan.blocks * 10;
+  const double memory =
+      in_shared * kb * 8 + streamed * kb * 30 + static_cast<double>(plan.row_groups) * plan.blocks * 10;
   const double fixed = 700 + (plan.path == Path::grid ? 400 : -300);
   const double pairs = static_cast<double>(plan.units) * columns / (warps * lanes) * 150;
   const double barrier = plan.path == Path::grid ? 1200 + 4 * static_cast<double>(plan.unit_blocks) : 60;
@@ -132,8 +133,8 @@ std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
   if (each > held) weights += plan.shared_blocks ? " and shared memory" : "";
   if (each > held + plan.shared_blocks)
     weights += ", " + std::to_string(100 * (each - held - plan.shared_blocks) / each) + "% read from the L2 cache";
-  return std::string(plan.path == Path::one_cta ? "persistent, one CTA for all units" : "persistent grid") + ", " + ctas +
-         ", " + weights + (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
+  return std::string(plan.path == Path::one_cta ? "persistent, one CTA for all units" : "persistent grid") + ", " +
+         ctas + ", " + weights + (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
 }
 
 // The division of a persistent launch among `row_groups` x `k_groups` warps a CTA; false if the device cannot run it.
@@ -166,8 +167,9 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   if (runtime::resident_ctas(kernel, threads_of(plan), plan.shared_bytes, device) < ctas) return false;
   const Geometry g = geometry_of(sizes, plan);
   if (int64_t{2} * g.ring_rows * g.ring_row > INT32_MAX) return false;  // the kernels count it in ints
-  plan.scratch_bytes = arrivals_bytes(plan, sizes.directions) +
-                       (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
+  plan.scratch_bytes =
+      arrivals_bytes(plan, sizes.directions) +
+      (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
   return true;
 }
 
@@ -226,8 +228,7 @@ void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scrat
     g.arrivals = static_cast<unsigned*>(scratch) + d * plan.slices * arrivals_apart;
     g.ring = rings + int64_t{2} * d * plan.slices * g.ring_rows * g.ring_row;
     runtime::launch_cooperative(
-        kernel,
-        {plan.unit_blocks * plan.slices * plan.directions_at_once, threads_of(plan), plan.shared_bytes, stream},
+        kernel, {plan.unit_blocks * plan.slices * plan.directions_at_once, threads_of(plan), plan.shared_bytes, stream},
         arguments);
   }
 }

@@ -115,8 +115,7 @@ class ForwardPass {
       const gptr<Value> kept(static_cast<Value*>(a_.kept), tokens * Cell::kept * H);
       if (kept) {
         FUSEDRNN_UNROLL
-        for (int k = 0; k < Cell::kept; ++k)
-          store(kept, (token * Cell::kept + k) * H + unit, convert<Value>(keep[k]));
+        for (int k = 0; k < Cell::kept; ++k) store(kept, (token * Cell::kept + k) * H + unit, convert<Value>(keep[k]));
       }
       const gptr<Real> cells(static_cast<Real*>(a_.cells), tokens * H);
       if (states > 1 && cells) store(cells, token * H + unit, next[states - 1]);
@@ -212,9 +211,8 @@ class BackwardPass {
     const gptr<const Value> d_output(static_cast<const Value*>(a_.d_output),
                                      clock_.extent(a_.d_output_step, a_.d_output_row, a_.directions * H));
     f.d_output =
-        d_output
-            ? convert<Real>(load(d_output, clock_.row(t, b, a_.d_output_step, a_.d_output_row) + d_ * H + unit))
-            : Real(0);
+        d_output ? convert<Real>(load(d_output, clock_.row(t, b, a_.d_output_step, a_.d_output_row) + d_ * H + unit))
+                 : Real(0);
     return f;
   }
 

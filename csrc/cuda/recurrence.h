@@ -40,8 +40,7 @@ class Product {
     first_ = k_group_ * each;
     count_ = left < 0 ? 0 : left < each ? left : each;
     FUSEDRNN_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      FUSEDRNN_UNROLL
+    for (int i = 0; i < tiles; ++i) FUSEDRNN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = (row_group_ * tiles + i) * tile_rows + half * tile_rows / 2 + lane_ / 4;
       const int gate = row / g.units, unit = first_unit + row % g.units;
@@ -53,8 +52,7 @@ class Product {
         FUSEDRNN_UNROLL
         for (int i = 0; i < tiles; ++i) in_registers_[j][i] = weights(j, i);
       }
-    for (int j = held; j < count_ && j < held + g.shared_blocks; ++j)
-      FUSEDRNN_UNROLL
+    for (int j = held; j < count_ && j < held + g.shared_blocks; ++j) FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i) {
       const Rows rows = weights(j, i);
       store_words(in_shared_, shared_place(j, i), rows.low);
@@ -65,12 +63,10 @@ class Product {
   // The products of step's ring rows [column, column + 8), from place `first` of `sums` on, to be added up over the k
   // groups by the reader.
   template <class Exchange>
-  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums,
-                           int first) const {
+  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums, int first) const {
     Real c[tiles][A::sums];
     FUSEDRNN_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      FUSEDRNN_UNROLL
+    for (int i = 0; i < tiles; ++i) FUSEDRNN_UNROLL
     for (int s = 0; s < A::sums; ++s) c[i][s] = Real(0);
 
     const auto ring = [&](int j) {
@@ -162,8 +158,7 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   const Product<Pass> product(pass, g, first_unit, H);
 
   for (int i = thread_index(); i < Pass::rows * g.units; i += thread_count())
-    if (first_unit + i % g.units < H)
-      store(bias, i, pass.bias(i / g.units, first_unit + i % g.units));
+    if (first_unit + i % g.units < H) store(bias, i, pass.bias(i / g.units, first_unit + i % g.units));
 
   // The threads share the slice's (unit, sequence) pairs of eight sequences at a time, neighbours having neighbouring
   // units. With u units there are 8 u pairs, and rows * u <= row groups * tiles * 16.
@@ -198,9 +193,8 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   for (int64_t step = 0; step < pass.steps(); ++step) {
     typename Pass::Fetched fetched[most];
     const auto fetch = [&](int column) {
-      each(column, [&](int e, int unit, int row) {
-        fetched[e] = pass.fetch(step, first_unit + unit, first_row + row);
-      });
+      each(column,
+           [&](int e, int unit, int row) { fetched[e] = pass.fetch(step, first_unit + unit, first_row + row); });
     };
     fetch(0);
     exchange.await(step);
