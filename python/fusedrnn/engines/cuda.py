@@ -400,7 +400,7 @@ class _Tokens:
         return _upload(rows, self.device)
 
     def previous(self, d: int) -> Tensor:
-        """For each pair of a packed batch B + the one before it in direction ``d``, or, if it is first, its sequence."""
+        """For each pair of a packed batch B + the one before it in direction ``d``; if it is first, its sequence."""
         if d not in self._previous:
             assert self.sizes is not None
             starts = self.sizes.cumsum(0) - self.sizes
