@@ -53,7 +53,7 @@ template <class Scalar>
 struct OnScalarUnits {
   using Real = Scalar;
   static constexpr int sums = 2 * columns;
-  static constexpr int ahead = 1;
+  static constexpr int ahead = 2;
 
   struct Columns {
     Words all[columns];

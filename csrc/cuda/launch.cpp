@@ -46,6 +46,7 @@ const CellKernels& kernels(const Sizes& sizes) {
 // The shape of a pass's product.
 struct Shape {
   int rows, rings, states, tiles;  // as in passes.h
+  int held;                        // blocks of each warp in registers
   int64_t K;                       // what is summed over
 
   explicit Shape(const Sizes& sizes) {
@@ -54,6 +55,7 @@ struct Shape {
     rings = sizes.backward ? cell.gates : 1;
     states = cell.states;
     tiles = sizes.backward ? tiles_backward : tiles_forward(cell.gates, value_bytes(sizes.arithmetic));
+    held = held_blocks(sizes.arithmetic, sizes.backward) / tiles;
     K = rings * sizes.H;
   }
 };
@@ -102,7 +104,7 @@ double persistent_step(const Sizes& sizes, const Shape& shape, const Plan& plan)
   const double warps = plan.row_groups * plan.k_groups, chunks = static_cast<double>(ceil_div(plan.slice, columns));
   const double each = static_cast<double>(ceil_div(plan.blocks, plan.k_groups));
   const double tile_blocks = warps * each * shape.tiles;  // of a CTA, 1 KB each
-  const double in_registers = std::min(each, static_cast<double>(held_blocks / shape.tiles));
+  const double in_registers = std::min(each, static_cast<double>(shape.held));
   const double in_shared = static_cast<double>(plan.shared_blocks);
   const double streamed = std::max(0.0, each - in_registers - in_shared);
   const double kb = warps * shape.tiles;
@@ -128,7 +130,7 @@ std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
   const std::string ctas = count(plan.unit_blocks * plan.slices * plan.directions_at_once, "CTA") + " x " +
                            std::to_string(threads_of(plan)) + " threads";
   if (plan.path == Path::per_step) return "one launch per step, " + ctas;
-  const int64_t each = ceil_div(plan.blocks, plan.k_groups), held = held_blocks / shape.tiles;
+  const int64_t each = ceil_div(plan.blocks, plan.k_groups), held = shape.held;
   std::string weights = "weights in registers";
   if (each > held) weights += plan.shared_blocks ? " and shared memory" : "";
   if (each > held + plan.shared_blocks)
@@ -158,7 +160,7 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   plan.shared_blocks = 0;
   geometry_of(sizes, plan, &plan.shared_bytes);
   const int64_t left = device.shared_bytes - plan.shared_bytes;
-  const int64_t over = ceil_div(plan.blocks, plan.k_groups) - held_blocks / shape.tiles;
+  const int64_t over = ceil_div(plan.blocks, plan.k_groups) - shape.held;
   const int64_t shared_block = int64_t{plan.row_groups} * plan.k_groups * shape.tiles * tile_rows * block_bytes;
   if (left < 0) return false;
   if (over > 0) plan.shared_blocks = static_cast<int>(std::min(over, left / shared_block));

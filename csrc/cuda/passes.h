@@ -56,6 +56,7 @@ class ForwardPass {
   using Arith = A;
   using Value = typename A::Value;
   using Real = typename A::Real;
+  static constexpr bool is_backward = false;
   static constexpr int rows = Cell::gates, states = Cell::states, rings = 1;
   static constexpr int tiles = tiles_forward(rows, sizeof(Value));
 
@@ -161,6 +162,7 @@ class BackwardPass {
   using Arith = A;
   using Value = typename A::Value;
   using Real = typename A::Real;
+  static constexpr bool is_backward = true;
   static constexpr int rows = 1, states = Cell::states, rings = Cell::gates;
   static constexpr int tiles = tiles_backward;
 

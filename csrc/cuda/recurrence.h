@@ -23,7 +23,7 @@ class Product {
   using A = typename Pass::Arith;
   using Value = typename Pass::Value;
   using Real = typename Pass::Real;
-  static constexpr int tiles = Pass::tiles, held = held_blocks / tiles;
+  static constexpr int tiles = Pass::tiles, held = held_blocks(A::kind, Pass::is_backward) / tiles;
   static constexpr int block_values = block_bytes / sizeof(Value), word_values = sizeof(Words) / sizeof(Value);
 
  public:
@@ -81,24 +81,32 @@ class Product {
       typename A::Columns h[ahead];
       FUSEDRNN_UNROLL
       for (int k = 0; k < ahead; ++k)
-        if (j + k < count_) h[k] = ring(j + k);
+        if (j + k < held && j + k < count_) h[k] = ring(j + k);
       FUSEDRNN_UNROLL
       for (int k = 0; k < ahead; ++k)
-        if (j + k < count_) {
+        if (j + k < held && j + k < count_) {
           FUSEDRNN_UNROLL
           for (int i = 0; i < tiles; ++i) A::multiply(c[i], in_registers_[j + k][i], h[k]);
         }
     }
     const int on_chip = held + g_.shared_blocks;
-    for (int j = held; j < count_; ++j) {
-      const typename A::Columns h = ring(j);
+    constexpr int further_ahead = (A::ahead + 1) / 2;  // the weights are on their way as well
+    for (int j = held; j < count_; j += further_ahead) {
+      typename A::Columns h[further_ahead];
       FUSEDRNN_UNROLL
-      for (int i = 0; i < tiles; ++i) {
-        const Rows rows = j < on_chip ? Rows{load_words(in_shared_, shared_place(j, i)),
-                                             load_words(in_shared_, shared_place(j, i) + lanes)}
-                                      : weights(j, i);
-        A::multiply(c[i], rows, h);
-      }
+      for (int k = 0; k < further_ahead; ++k)
+        if (j + k < count_) h[k] = ring(j + k);
+      FUSEDRNN_UNROLL
+      for (int k = 0; k < further_ahead; ++k)
+        if (j + k < count_) {
+          FUSEDRNN_UNROLL
+          for (int i = 0; i < tiles; ++i) {
+            const Rows rows = j + k < on_chip ? Rows{load_words(in_shared_, shared_place(j + k, i)),
+                                                     load_words(in_shared_, shared_place(j + k, i) + lanes)}
+                                              : weights(j + k, i);
+            A::multiply(c[i], rows, h[k]);
+          }
+        }
     }
 
     const int rows = g_.row_groups * tiles * tile_rows;
