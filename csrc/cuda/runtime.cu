@@ -1,8 +1,8 @@
-#include "runtime.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+
+#include "runtime.h"
 
 namespace fusedrnn::cuda::runtime {
 namespace {

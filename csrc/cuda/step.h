@@ -1,5 +1,6 @@
 // One launch per step, for what does not stay on the chip: large batches, large weights, double precision, and devices
-// that refuse to run all CTAs at once. Carried states and ring are in global memory; the launches' order is the barrier.
+// that refuse to run all CTAs at once. Carried states and ring are in global memory; the launches' order is the
+// barrier.
 //
 // A CTA multiplies a tile of step_rows rows of weights with step_columns sequences, both of which it copies to shared
 // memory some stages ahead, and then computes the tile's units.
@@ -114,8 +115,7 @@ step(const Arguments* arguments, int64_t step) {
 
   Real c[column_groups][A::sums];
   FUSEDRNN_UNROLL
-  for (int n = 0; n < column_groups; ++n)
-    FUSEDRNN_UNROLL
+  for (int n = 0; n < column_groups; ++n) FUSEDRNN_UNROLL
   for (int s = 0; s < A::sums; ++s) c[n][s] = Real(0);
 
   const int64_t count = (g.blocks + step_blocks - 1) / step_blocks;

@@ -1,5 +1,3 @@
-#include "../../csrc/cuda/device.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -10,6 +8,8 @@
 #include <stdexcept>
 #include <unordered_map>
 #include <vector>
+
+#include "../../csrc/cuda/device.h"
 
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -271,8 +271,10 @@ std::string at(const Site& site) {
 std::string who_waits(const Machine& m) {
   std::map<std::string, std::pair<std::string, int>> groups;
   for (const Fiber& f : m.fibers) {
-    const std::string what =
-        "CTA " + std::to_string(f.cta) + ": " + (f.done ? "ended" : f.waiting ? "in " + at(f.waits_in) : "ready");
+    const std::string what = "CTA " + std::to_string(f.cta) + ": " +
+                             (f.done      ? "ended"
+                              : f.waiting ? "in " + at(f.waits_in)
+                                          : "ready");
     auto& group = groups[what];
     if (!group.second++) group.first = std::to_string(f.index);
   }

@@ -21,7 +21,8 @@ PYBIND11_MODULE(_cuda_emulated, m) {
       .value("wait", Fault::wait)
       .value("fragment", Fault::fragment)
       .value("buffer", Fault::buffer)
-      .value("copy_wait", Fault::copy_wait);
+      .value("copy_wait", Fault::copy_wait)
+      .value("launch", Fault::launch);
   m.def(
       "schedule", [](Schedule schedule, uint64_t seed) { settings().schedule = schedule, settings().seed = seed; },
       py::arg("schedule") = Schedule::in_order, py::arg("seed") = 0);

@@ -2,6 +2,7 @@
 #include "../../csrc/cuda/runtime.h"
 
 #include <cstring>
+#include <stdexcept>
 
 #include "../../csrc/cuda/device.h"
 #include "runtime.h"
@@ -28,6 +29,8 @@ int64_t resident_ctas(Kernel, int, int64_t, const DeviceFacts& facts) { return f
 void zero(void* memory, int64_t bytes, Stream) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {
+  if (emulator::settings().fault == emulator::Fault::launch)
+    throw std::runtime_error("the launch of the recurrence was refused: as the tests want it");
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments); });
 }
 

@@ -115,21 +115,21 @@ class CudaEngine:
             if projected and call.hx[0] is not None:
                 gates_x[d].index_add_(0, tokens.first(d), call.hx[0][d] @ w_hh.t())
         hx = (None, *call.hx[1:]) if projected else call.hx
+        output = x.new_empty((*call.input.shape[:-1], D * R))
+        hidden = x.new_empty((len(x), D * H)) if projected else output
         recurrence = Recurrence(self._module, call.cell, tokens, H, D)
-        hidden, final, kept = recurrence.forward(
-            self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, save
+        final, kept = recurrence.forward(
+            self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, hidden, save
         )
-        output = hidden
         if projected:
-            output = x.new_empty((len(x), D * R))
+            rows = _tokens(output)
             h_n = x.new_empty((D, B, R))
             for d in range(D):
-                w_hr = call.weights[d * WEIGHTS_PER_DIRECTION + 4]
-                output[:, d * R : (d + 1) * R] = hidden[:, d * H : (d + 1) * H] @ w_hr.t()  # type: ignore[union-attr]
-                torch.mm(final[0][d], w_hr.t(), out=h_n[d])  # type: ignore[union-attr]
+                w_hr = _given(call, d)[4]
+                rows[:, d * R : (d + 1) * R] = hidden[:, d * H : (d + 1) * H] @ w_hr.t()
+                torch.mm(final[0][d], w_hr.t(), out=h_n[d])
             final[0] = h_n
-        result = output.view(*call.input.shape[:-1], D * R) if call.sequence else None
-        return (result, *final), (output, hidden, *kept) if save else ()
+        return (output if call.sequence else None, *final), (output, hidden, *kept) if save else ()
 
     def _backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -139,14 +139,14 @@ class CudaEngine:
         facts = self._module.cell_facts(call.cell.name)
         slots, from_input = facts["slots"], facts["input_slot"]
         x, tokens = _tokens(call.input), _Tokens.of(call)
-        output, hidden, *kept = saved
+        output, hidden, *kept = _tokens(saved[0]), _tokens(saved[1]), *saved[2:]
         projected = call.weights[4] is not None
         d_output = None if grads[0] is None else grads[0].reshape(len(x), D * R)
         d_final, hx = list(grads[1:]), call.hx
         d_hidden = d_output
         if projected:
             hx = (None, *call.hx[1:])
-            w_hr = [call.weights[d * WEIGHTS_PER_DIRECTION + 4] for d in range(D)]
+            w_hr = [_given(call, d)[4] for d in range(D)]
             if d_output is not None:
                 d_hidden = torch.cat([d_output[:, d * R : (d + 1) * R] @ w_hr[d] for d in range(D)], 1)
             if d_final[0] is not None:
@@ -242,8 +242,9 @@ class Recurrence:
         w_hh: Sequence[Tensor],
         b_hh: Sequence[Tensor | None],
         hx: Sequence[Tensor | None],
+        output: Tensor,
         save: bool,
-    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Run all steps.
 
         Args:
@@ -252,15 +253,15 @@ class Recurrence:
             w_hh: for each direction (G*H, H).
             b_hh: for each direction (G*H) or None.
             hx: for each state (D, B, H) or None for zeros.
+            output: where h goes, (T, B, D*H) or (tokens, D*H).
             save: whether backward follows.
 
         Returns:
-            h (tokens, D*H), the final states (D, B, H), and what backward needs besides.
+            the final states (D, B, H), and what backward needs besides.
         """
         assert self.module is not None
         tokens, H, D = self.tokens, self.H, self.D
         facts = self.module.cell_facts(self.cell.name)
-        output = gates_x.new_empty((tokens.count, D * H))
         final = [gates_x.new_empty((D, tokens.B, H)) for _ in self.cell.states]
         nothing = gates_x.new_empty(0)
         keeps, has_c = save and facts["kept"] > 0, save and facts["states"] > 1
@@ -278,13 +279,13 @@ class Recurrence:
             b_hh=_addresses(b_hh),
             initial=_addresses(hx),
             output=output.data_ptr(),
-            output_step=output.stride(0) * tokens.B,
-            output_row=output.stride(0),
+            output_step=D * H * tokens.B,
+            output_row=D * H,
             final=_addresses(final),
             kept=kept.data_ptr(),
             cells=cells.data_ptr(),
         )
-        return output, final, (kept, cells)
+        return final, (kept, cells)
 
     def backward(
         self,
@@ -302,7 +303,7 @@ class Recurrence:
             plan: of these sizes.
             w_hh: as in ``forward``.
             hx: as in ``forward``.
-            output: h of forward.
+            output: of forward, (tokens, D*H).
             kept: what forward returned last.
             d_output: (tokens, D*H) or None for zeros.
             d_final: for each state (D, B, H) or None for zeros.
@@ -399,7 +400,7 @@ class _Tokens:
         return _upload(rows, self.device)
 
     def previous(self, d: int) -> Tensor:
-        """For each pair of a packed batch B + the pair before it in direction ``d``, or its sequence where it is first."""
+        """For each pair of a packed batch B + the one before it in direction ``d``; if it is first, its sequence."""
         if d not in self._previous:
             assert self.sizes is not None
             starts = self.sizes.cumsum(0) - self.sizes
@@ -458,6 +459,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 
 
 def _given(call: Call, d: int) -> tuple[Any, ...]:
+    """The weights of a direction, to be used where the layer is known to have them."""
     return call.of_direction(d)
 
 
