@@ -293,6 +293,14 @@ def test_weights_beyond_registers(cell, arithmetic, shared_kilobytes):
     check(case)
 
 
+@pytest.mark.parametrize("T", [31, 32, 70])
+@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
+def test_graphs_of_steps_serve_one_call_after_another(cell, T):
+    """Launches per step are recorded by the dozen, and the record is used for other lengths, widths and directions."""
+    for seed, options in enumerate([{"H": 5}, {"H": 3, "B": 2, "resets": True}, {"H": 5, "tokens": "packed"}]):
+        check(Case(cell=cell, arithmetic="f32", path="per_step", T=T + seed, seed=seed, **options))
+
+
 #: What the emulator or, where only the values are wrong, the comparison says of each planted bug.
 BUGS = {
     "sync": "race|before it was written|before a copy|deadlock|divergence",

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +33,7 @@ from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 _cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+_LEAST_CAPABILITY = (8, 0)
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
 _BLOCK_BYTES = 64
 
@@ -52,6 +53,7 @@ class CudaEngine:
         self._module, self._device_type = module, device_type
         self._unavailable = _why_unavailable(module)
         self.plan = lru_cache(maxsize=4096)(self._plan)
+        self._capability = cache(lambda device: module.device(device)["capability"])  # type: ignore[union-attr]
 
     def available(self) -> str | None:
         return self._unavailable
@@ -65,6 +67,10 @@ class CudaEngine:
             return f"no kernel for {call.input.layout} input"
         if call.batch == 0:
             return "an empty batch"
+        capability = self._capability(_index(call.input.device))
+        if capability < _LEAST_CAPABILITY:
+            major, minor = capability
+            return f"the GPU has compute capability {major}.{minor}, the kernels need {_LEAST_CAPABILITY[0]}.0"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
