@@ -16,7 +16,7 @@ from pairwise import pairwise
 from support import CELLS, assert_near, to_numpy
 
 import fusedrnn.cells
-from fusedrnn.engines.cuda import Plan, Recurrence, _Tokens
+from fusedrnn.engines.cuda import Plan, Recurrence, Tokens
 
 DTYPES = {
     "f32": torch.float32,
@@ -133,9 +133,9 @@ def run(case: Case) -> None:
     if case.tokens == "packed":
         sizes = there.sum(1)
         starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        tokens = _Tokens(T, B, int(sizes.sum()), x.device, sizes, starts)
+        tokens = Tokens(T, B, int(sizes.sum()), x.device, sizes, starts)
     else:
-        tokens = _Tokens(T, B, T * B, x.device)
+        tokens = Tokens(T, B, T * B, x.device)
 
     def in_memory(rows: torch.Tensor) -> torch.Tensor:
         """(T, B, n) as the kernels take it: (tokens, n)."""

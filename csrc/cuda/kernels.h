@@ -70,10 +70,6 @@ struct CellKernels {
   StepKernel start[2], step[2];
 };
 
-struct Kernels {
-  const CellKernels* cells[static_cast<int>(CellKind::count)];
-};
-
 // One table per arithmetic, each in a file of its own, so that they compile side by side.
 extern const CellKernels kernels_f32[], kernels_tf32[], kernels_bf16[], kernels_f16[], kernels_f64[];
 
