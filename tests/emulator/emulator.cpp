@@ -18,8 +18,8 @@
 namespace fusedrnn::emulator {
 namespace {
 
-// A place to continue at. By hand, or with FUSEDRNN_PORTABLE_FIBERS and elsewhere by ucontext, which is slower because it
-// asks the kernel at each switch.
+// A place to continue at. By hand, or with FUSEDRNN_PORTABLE_FIBERS and elsewhere by ucontext, which is slower because
+// it asks the kernel at each switch.
 #if defined(__x86_64__) && !defined(FUSEDRNN_PORTABLE_FIBERS)
 struct Context {
   void* stack;
