@@ -16,7 +16,7 @@ from pairwise import pairwise
 from support import CELLS, assert_near, to_numpy
 
 import fusedrnn.cells
-from fusedrnn.engines.cuda import Plan, Recurrence, _Tokens
+from fusedrnn.engines.cuda import Plan, Recurrence, Tokens
 
 DTYPES = {
     "f32": torch.float32,
@@ -133,9 +133,9 @@ def run(case: Case) -> None:
     if case.tokens == "packed":
         sizes = there.sum(1)
         starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        tokens = _Tokens(T, B, int(sizes.sum()), x.device, sizes, starts)
+        tokens = Tokens(T, B, int(sizes.sum()), x.device, sizes, starts)
     else:
-        tokens = _Tokens(T, B, T * B, x.device)
+        tokens = Tokens(T, B, T * B, x.device)
 
     def in_memory(rows: torch.Tensor) -> torch.Tensor:
         """(T, B, n) as the kernels take it: (tokens, n)."""
@@ -291,6 +291,14 @@ def test_weights_beyond_registers(cell, arithmetic, shared_kilobytes):
     plan = str(case.plan(True))
     assert ("shared memory" in plan, "L2 cache" in plan) == (True, shared_kilobytes < 227)
     check(case)
+
+
+@pytest.mark.parametrize("T", [31, 32, 70])
+@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
+def test_graphs_of_steps_serve_one_call_after_another(cell, T):
+    """Launches per step are recorded by the dozen, and the record is used for other lengths, widths and directions."""
+    for seed, options in enumerate([{"H": 5}, {"H": 3, "B": 2, "resets": True}, {"H": 5, "tokens": "packed"}]):
+        check(Case(cell=cell, arithmetic="f32", path="per_step", T=T + seed, seed=seed, **options))
 
 
 #: What the emulator or, where only the values are wrong, the comparison says of each planted bug.

@@ -44,7 +44,7 @@ struct Geometry {
 };
 constexpr int64_t arrivals_apart = 128 / sizeof(unsigned);
 
-// The one argument of every kernel.
+// The one argument of a persistent kernel.
 struct Arguments {
   Geometry geometry;
   union {
@@ -54,17 +54,20 @@ struct Arguments {
   Arguments() : geometry{}, forward{} {}
 };
 
+// The per-step kernels read theirs from device memory, so that a recorded graph serves other calls as well: it holds
+// the launches of `graph_steps` steps, numbered from `first_step`, and moves that on at its end.
+struct StepArguments {
+  Arguments call;
+  int64_t first_step;
+};
+constexpr int graph_steps = 32;
+
 using Kernel = void (*)(Arguments);
-// The per-step kernels read their arguments from device memory, so that a recorded graph can be used again for others.
-using StepKernel = void (*)(const Arguments*, int64_t step);
+using StepKernel = void (*)(const StepArguments*, int64_t step);
 
 struct CellKernels {
   Kernel one_cta[2], grid[2];  // forward, backward; null where an arithmetic has none
   StepKernel start[2], step[2];
-};
-
-struct Kernels {
-  const CellKernels* cells[static_cast<int>(CellKind::count)];
 };
 
 // One table per arithmetic, each in a file of its own, so that they compile side by side.

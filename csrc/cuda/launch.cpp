@@ -127,7 +127,7 @@ double per_step_step(const Sizes& sizes, const Shape& shape) {
 std::string count(int64_t n, const char* what) { return std::to_string(n) + " " + what + (n == 1 ? "" : "s"); }
 
 std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
-  const std::string ctas = count(plan.unit_blocks * plan.slices * plan.directions_at_once, "CTA") + " x " +
+  const std::string ctas = count(int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once, "CTA") + " x " +
                            std::to_string(threads_of(plan)) + " threads";
   if (plan.path == Path::per_step) return "one launch per step, " + ctas;
   const int64_t each = ceil_div(plan.blocks, plan.k_groups), held = shape.held;
@@ -165,7 +165,7 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   if (left < 0) return false;
   if (over > 0) plan.shared_blocks = static_cast<int>(std::min(over, left / shared_block));
   plan.shared_bytes += plan.shared_blocks * shared_block;
-  const int64_t ctas = plan.unit_blocks * plan.slices * plan.directions_at_once;
+  const int64_t ctas = int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once;
   if (runtime::resident_ctas(kernel, threads_of(plan), plan.shared_bytes, device) < ctas) return false;
   const Geometry g = geometry_of(sizes, plan);
   if (int64_t{2} * g.ring_rows * g.ring_row > INT32_MAX) return false;  // the kernels count it in ints
@@ -180,7 +180,7 @@ struct StepScratch {
   int64_t arguments, ring, states, bytes;
   StepScratch(const Sizes& sizes, const Geometry& g) {
     arguments = 0;
-    ring = round_up(sizeof(Arguments), block_bytes);
+    ring = round_up(sizeof(StepArguments), block_bytes);
     states = ring + int64_t{2} * sizes.directions * g.ring_rows * g.ring_row;
     bytes = states + sizes.directions * Shape(sizes).states * sizes.B * sizes.H * real_bytes(sizes.arithmetic);
   }
@@ -207,14 +207,19 @@ void run_per_step(Arguments& arguments, const Sizes& sizes, const Plan& plan, ch
   const StepScratch at(sizes, g);
   g.ring = scratch + at.ring, g.states = scratch + at.states;
   const CellKernels& k = kernels(sizes);
-  const runtime::Shape shape{plan.unit_blocks * plan.slices * sizes.directions, threads_of(plan), plan.shared_bytes,
-                             stream};
-  Arguments* const on_device = reinterpret_cast<Arguments*>(scratch + at.arguments);
-  runtime::write_arguments(on_device, arguments, stream);
+  const runtime::Shape shape{int64_t{plan.unit_blocks} * plan.slices * sizes.directions, threads_of(plan),
+                             plan.shared_bytes, stream};
+  const StepKernel kernel = k.step[sizes.backward];
+  int64_t steps = sizes.T + sizes.backward;
+  runtime::StepGraph* const graph =
+      steps < graph_steps || runtime::is_capturing(stream) ? nullptr : runtime::step_graph(kernel, shape);
+  StepArguments* const on_device =
+      graph ? graph->arguments() : reinterpret_cast<StepArguments*>(scratch + at.arguments);
+  runtime::write_arguments(on_device, {arguments, 0}, stream);
   runtime::zero(g.ring, at.states - at.ring, stream);
   runtime::launch(k.start[sizes.backward], shape, on_device, 0);
-  for (int64_t step = 0; step < sizes.T + sizes.backward; ++step)
-    runtime::launch(k.step[sizes.backward], shape, on_device, step);
+  for (; graph && steps >= graph_steps; steps -= graph_steps) graph->launch();
+  for (int64_t step = 0; step < steps; ++step) runtime::launch(kernel, shape, on_device, step);
 }
 
 void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scratch, Stream stream) {
@@ -229,9 +234,10 @@ void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scrat
     g.first_direction = d;
     g.arrivals = static_cast<unsigned*>(scratch) + d * plan.slices * arrivals_apart;
     g.ring = rings + int64_t{2} * d * plan.slices * g.ring_rows * g.ring_row;
-    runtime::launch_cooperative(
-        kernel, {plan.unit_blocks * plan.slices * plan.directions_at_once, threads_of(plan), plan.shared_bytes, stream},
-        arguments);
+    runtime::launch_cooperative(kernel,
+                                {int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once, threads_of(plan),
+                                 plan.shared_bytes, stream},
+                                arguments);
   }
 }
 

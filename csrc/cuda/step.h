@@ -64,19 +64,19 @@ struct StepPlace {
 
 template <class Pass>
 FUSEDRNN_KERNEL(most_warps* lanes)
-start(const Arguments* arguments, int64_t step) {
-  const StepPlace<Pass> at(constant(arguments));
+start(const StepArguments* arguments, int64_t) {
+  const StepPlace<Pass> at(constant(arguments).call);
   at.each([&](int unit, int row) {
     typename Pass::Real state[Pass::states];
     typename Pass::Value ring[Pass::rings];
     at.pass.begin(at.first_unit + unit, at.first_row + row, state, ring);
-    at.leave(step, unit, row, state, ring);
+    at.leave(0, unit, row, state, ring);
   });
 }
 
 template <class Pass>
 FUSEDRNN_KERNEL(most_warps* lanes)
-step(const Arguments* arguments, int64_t step) {
+step(const StepArguments* arguments, int64_t relative_step) {
   using A = typename Pass::Arith;
   using Value = typename Pass::Value;
   using Real = typename Pass::Real;
@@ -86,7 +86,8 @@ step(const Arguments* arguments, int64_t step) {
   // that shared memory serves at a time read two rows, and no bank twice.
   constexpr int stage_rows = step_rows + step_columns, stage_values = step_blocks * stage_rows * words * word_values;
 
-  const StepPlace<Pass> at(constant(arguments));
+  const StepPlace<Pass> at(constant(arguments).call);
+  const int64_t step = constant(arguments).first_step + relative_step;
   const Geometry& g = at.g;
   const gptr<const Value> matrix = at.pass.weights();
   const gptr<const Value> ring(static_cast<const Value*>(g.ring) + at.direction * 2 * at.buffer_values,

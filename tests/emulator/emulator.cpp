@@ -11,15 +11,16 @@
 
 #include "../../csrc/cuda/device.h"
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) || defined(FUSEDRNN_PORTABLE_FIBERS)
 #include <ucontext.h>
 #endif
 
 namespace fusedrnn::emulator {
 namespace {
 
-// A place to continue at. Switching by hand takes some 10 ns, by ucontext, which asks the kernel, 240.
-#ifdef __x86_64__
+// A place to continue at. By hand, or with FUSEDRNN_PORTABLE_FIBERS and elsewhere by ucontext, which is slower because
+// it asks the kernel at each switch.
+#if defined(__x86_64__) && !defined(FUSEDRNN_PORTABLE_FIBERS)
 struct Context {
   void* stack;
 };

@@ -2,6 +2,8 @@
 #include "../../csrc/cuda/runtime.h"
 
 #include <cstring>
+#include <map>
+#include <memory>
 #include <stdexcept>
 
 #include "../../csrc/cuda/device.h"
@@ -34,10 +36,36 @@ void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& argu
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments); });
 }
 
-void write_arguments(Arguments* to, const Arguments& from, Stream) { *to = from; }
+void write_arguments(StepArguments* to, const StepArguments& from, Stream) { *to = from; }
 
-void launch(StepKernel kernel, const Shape& shape, const Arguments* arguments, int64_t step) {
+void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments, step); });
+}
+
+bool is_capturing(Stream) { return false; }
+
+namespace {
+class RecordedSteps : public StepGraph {
+ public:
+  RecordedSteps(StepKernel kernel, const Shape& shape) : kernel_(kernel), shape_(shape) {}
+  StepArguments* arguments() override { return &arguments_; }
+  void launch() override {
+    for (int64_t step = 0; step < graph_steps; ++step) runtime::launch(kernel_, shape_, &arguments_, step);
+    arguments_.first_step += graph_steps;
+  }
+
+ private:
+  const StepKernel kernel_;
+  const Shape shape_;
+  StepArguments arguments_{};
+};
+}  // namespace
+
+StepGraph* step_graph(StepKernel kernel, const Shape& shape) {
+  static std::map<std::pair<StepKernel, int64_t>, std::unique_ptr<StepGraph>> graphs;
+  auto& graph = graphs[{kernel, shape.ctas}];
+  if (!graph) graph = std::make_unique<RecordedSteps>(kernel, shape);
+  return graph.get();
 }
 
 }  // namespace fusedrnn::cuda::runtime

@@ -2,7 +2,8 @@
 
 Forward: ``gates_x = x W_ih^T + b_ih`` for all tokens, then one kernel through time. Backward: one kernel through time
 that leaves the gradients of the gates, then the products that make of them the gradients of weights and input. Both run
-on the caller's stream, in memory of torch's allocator, and wait for nothing, so that a CUDA graph can record them.
+on the caller's stream, in memory of torch's allocator, and wait for nothing, so that a CUDA graph can record them; but
+for packed batches, whose sizes come from the CPU.
 
 bfloat16 and float16 are multiplied on tensor cores and added up in float32; gates and the cell state are float32. What
 is kept for backward is in the caller's dtype but for the cell state. float32 is computed as ``torch.backends.cudnn``
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 _cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+_LEAST_CAPABILITY = (8, 0)
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
 _BLOCK_BYTES = 64
 
@@ -52,6 +54,7 @@ class CudaEngine:
         self._module, self._device_type = module, device_type
         self._unavailable = _why_unavailable(module)
         self.plan = lru_cache(maxsize=4096)(self._plan)
+        self._capability = cache(lambda device: module.device(device)["capability"])  # type: ignore[union-attr]
 
     def available(self) -> str | None:
         return self._unavailable
@@ -65,6 +68,10 @@ class CudaEngine:
             return f"no kernel for {call.input.layout} input"
         if call.batch == 0:
             return "an empty batch"
+        capability = self._capability(_index(call.input.device))
+        if capability < _LEAST_CAPABILITY:
+            major, minor = capability
+            return f"the GPU has compute capability {major}.{minor}, the kernels need {_LEAST_CAPABILITY[0]}.0"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +110,7 @@ class CudaEngine:
 
     def _forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         D, H, R, B = call.directions, call.hidden_size, call.output_size, call.batch
-        x, tokens = _tokens(call.input), _Tokens.of(call)
+        x, tokens = _tokens(call.input), Tokens.of(call)
         projected = call.weights[4] is not None
         gates_x = x.new_empty((D, len(x), len(call.cell.gates) * H))
         for d in range(D):
@@ -138,7 +145,7 @@ class CudaEngine:
         assert self._module is not None
         facts = self._module.cell_facts(call.cell.name)
         slots, from_input = facts["slots"], facts["input_slot"]
-        x, tokens = _tokens(call.input), _Tokens.of(call)
+        x, tokens = _tokens(call.input), Tokens.of(call)
         output, hidden, *kept = _tokens(saved[0]), _tokens(saved[1]), *saved[2:]
         projected = call.weights[4] is not None
         d_output = None if grads[0] is None else grads[0].reshape(len(x), D * R)
@@ -229,7 +236,7 @@ class Recurrence:
 
     module: ModuleType | None
     cell: Cell
-    tokens: _Tokens
+    tokens: Tokens
     H: int
     D: int
     resets: Tensor | None = None
@@ -354,7 +361,7 @@ class Recurrence:
 
 
 @dataclass
-class _Tokens:
+class Tokens:
     """The (step, sequence) pairs of a call, in the order of memory.
 
     Attributes:
@@ -374,12 +381,12 @@ class _Tokens:
     _previous: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(call: Call) -> _Tokens:
+    def of(call: Call) -> Tokens:
         device, sizes = call.input.device, call.batch_sizes
         if sizes is None:
-            return _Tokens(call.time, call.batch, call.time * call.batch, device)
+            return Tokens(call.time, call.batch, call.time * call.batch, device)
         starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        return _Tokens(call.time, call.batch, int(starts[-1]), device, sizes, _upload(starts, device))
+        return Tokens(call.time, call.batch, int(starts[-1]), device, sizes, _upload(starts, device))
 
     def first(self, d: int) -> Tensor:
         """Each sequence's first pair in direction ``d``."""
