@@ -92,10 +92,11 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "forward",
-      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch, int64_t tokens,
-         std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t gates_x,
-         const Addresses& w_hh, int64_t w_stride, const Addresses& b_hh, const Addresses& initial, std::uintptr_t output,
-         int64_t output_step, int64_t output_row, const Addresses& final, std::uintptr_t kept, std::uintptr_t cells) {
+      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t gates_x,
+         const Addresses& w_hh, int64_t w_stride, const Addresses& b_hh, const Addresses& initial,
+         std::uintptr_t output, int64_t output_step, int64_t output_row, const Addresses& final, std::uintptr_t kept,
+         std::uintptr_t cells) {
         Forward f{};
         static_cast<Sequence&>(f) = sequence_of(sizes, tokens, starts, lengths, resets);
         f.gates_x = pointer(gates_x);
@@ -114,11 +115,11 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "backward",
-      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch, int64_t tokens,
-         std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, const Addresses& w_hh_t, int64_t w_stride,
-         const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row, std::uintptr_t kept,
-         std::uintptr_t cells, std::uintptr_t d_output, int64_t d_output_step, int64_t d_output_row,
-         const Addresses& d_final, std::uintptr_t d_slots, const Addresses& d_initial) {
+      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, const Addresses& w_hh_t,
+         int64_t w_stride, const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row,
+         std::uintptr_t kept, std::uintptr_t cells, std::uintptr_t d_output, int64_t d_output_step,
+         int64_t d_output_row, const Addresses& d_final, std::uintptr_t d_slots, const Addresses& d_initial) {
         Backward b{};
         static_cast<Sequence&>(b) = sequence_of(sizes, tokens, starts, lengths, resets);
         fill(b.w_hh_t, w_hh_t, "w_hh_t"), b.w_stride = w_stride;
@@ -158,8 +159,9 @@ void register_cuda(py::module_& m) {
     result["cooperative"] = facts.cooperative;
     return result;
   });
-  m.def("versions", [] { return py::make_tuple(runtime_version(), driver_version()); },
-        "CUDA versions of the runtime that is linked in and of the driver, 0 where there is none; 13010 is 13.1");
+  m.def(
+      "versions", [] { return py::make_tuple(runtime_version(), driver_version()); },
+      "CUDA versions of the runtime that is linked in and of the driver, 0 where there is none; 13010 is 13.1");
 }
 
 }  // namespace fusedrnn
