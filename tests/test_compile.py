@@ -179,6 +179,7 @@ class TestForwardMode:
         assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own access
 def test_compiled_autograd():
     module, x = fusedrnn.GRU(I, H), torch.randn(T, B, I)
 

@@ -67,7 +67,9 @@ def test_opcheck(case):
     args = arguments(next(cell for cell in CELLS if case.startswith(cell)), **CASES[case])
     opcheck(OPERATORS.layer.default, args)
     opcheck(OPERATORS.layer_with_saved.default, (*args, "cpu"))
-    opcheck(OPERATORS.layer_backward.default, backward_arguments(args, "cpu"))
+    # The lengths of packed sequences are values, which the reference, and so a second derivative, can't be traced without.
+    detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, backward_arguments(args, "cpu"))
+    opcheck(OPERATORS.layer_backward.default, detached if args[4] is not None else backward_arguments(args, "cpu"))
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from .cells import CELLS
 from .engines import ENGINES, Choice, announce, choose
 from .engines.base import Call, Engine, Outputs, Saved
 from .torch_state import (
+    VMAP_RULES,
     apply_here,
     autograd_enabled_again,
     has_tangent,
@@ -201,8 +202,7 @@ def _layer_autograd(*arguments: Any) -> list[Tensor]:
         return _present(_by_reference(call, "inside forward-mode differentiation"))
     if not _wants_gradient(call.tensors()):
         return _below_autograd(_OPERATORS.layer.default, *arguments)
-    results = _OPERATORS.layer_with_saved.default(*arguments, choose(call).engine.name)
-    return results[: _count(call)]  # type: ignore[no-any-return]
+    return _layer_with_saved_autograd(*arguments, choose(call).engine.name)[: _count(call)]
 
 
 def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
@@ -418,7 +418,8 @@ def _register(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd_rule, "Autograd")
     torch.library.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"fusedrnn::{name}", vmap_rule, lib=_LIBRARY)
+    if VMAP_RULES:
+        torch.library.register_vmap(f"fusedrnn::{name}", vmap_rule, lib=_LIBRARY)
 
 
 _register("layer", f"({_CALL}) -> Tensor[]", _layer, _layer_fake, _layer_autograd, _layer_vmap)
