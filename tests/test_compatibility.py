@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_equal, backward, build, call_of, flat, loss_of, twins
+from support import assert_equal, backward, build, call_of, flat, loss_of
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -100,8 +100,12 @@ def check_compiled(kind, backend):
 
 def rename(results):
     """As the parameters of a compiled module are called."""
-    return {name.replace("gradient of weight", "gradient of _orig_mod.weight").replace(
-        "gradient of bias", "gradient of _orig_mod.bias"): value for name, value in results.items()}
+    return {
+        name.replace("gradient of weight", "gradient of _orig_mod.weight").replace(
+            "gradient of bias", "gradient of _orig_mod.bias"
+        ): value
+        for name, value in results.items()
+    }
 
 
 @row(COMPILE, 'backend "eager", fullgraph, forward and backward', note="nothing to set; one operator a layer")
@@ -151,7 +155,7 @@ def _(kind):
     torch.compiler.reset()
     theirs, ours, (x, hx) = pair(kind)
     x, hx = x.detach(), tuple(h.detach() for h in hx) if isinstance(hx, tuple) else hx.detach()
-    compiled = torch.compile(lambda x: torch.func.grad(scalar_of(ours, hx))(x), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(torch.func.grad(scalar_of(ours, hx)), backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), torch.func.grad(scalar_of(theirs, hx))(x))
 
 
@@ -550,8 +554,8 @@ PAGE_END = """
 | fully_shard (FSDP2) | yes | convert before sharding |
 | AOTInductor package | yes | loaded in a process that imports fusedrnn |
 | PackedSequence as an argument of a compiled function | yes | tests/test_compile.py |
-| tensor subclasses with a `__torch_dispatch__` of their own (DTensor activations, masked tensors) | yes | by the reference, step by step: slow |
-| forward mode around a compiled module whose parameters want gradients | no | torch.compile has none: `requires_grad_(False)`, or uncompiled |
+| tensor subclasses with a `__torch_dispatch__` of their own | yes | by the reference, step by step: slow |
+| forward mode around a compiled module that trains | no | torch.compile has none: `requires_grad_(False)` |
 | `type(m) is torch.nn.LSTM` in code that can't be edited | how | `with fusedrnn.patch():` instead of `convert` |
 """
 

@@ -132,7 +132,7 @@ class TestEngines:
         assert "called as an operator of torch (torch.ops.fusedrnn)" in decision.reasons
 
     def test_forced(self, engine):
-        """Without gradients the choice is made at each call; with them backward needs forward's, from the tracing on."""
+        """Without gradients the choice is made at each call; with them it is fixed from the tracing on."""
         module, x = fusedrnn.GRU(I, H), torch.randn(T, B, I)
         run, expected = compiled(module), module(x)
         (decision,) = fusedrnn.explain(run, x).decisions
@@ -179,7 +179,8 @@ class TestForwardMode:
         assert_close(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own access
+# torch's own access.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_autograd():
     module, x = fusedrnn.GRU(I, H), torch.randn(T, B, I)
 

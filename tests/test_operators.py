@@ -67,7 +67,7 @@ def test_opcheck(case):
     args = arguments(next(cell for cell in CELLS if case.startswith(cell)), **CASES[case])
     opcheck(OPERATORS.layer.default, args)
     opcheck(OPERATORS.layer_with_saved.default, (*args, "cpu"))
-    # The lengths of packed sequences are values, which the reference, and so a second derivative, can't be traced without.
+    # The reference, and so a second derivative, can't be traced without the values of a packed sequence's lengths.
     detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, backward_arguments(args, "cpu"))
     opcheck(OPERATORS.layer_backward.default, detached if args[4] is not None else backward_arguments(args, "cpu"))
 
@@ -218,6 +218,9 @@ class TestVmap:
         if mapped == "vectors":
             got, expected = torch.func.vmap(run(x[0]))(u), [run(x[0])(v) for v in u]
         else:
-            got, expected = torch.func.vmap(lambda x, v: run(x)(v))(x, u), [run(a)(v) for a, v in zip(x, u, strict=True)]
+            got, expected = (
+                torch.func.vmap(lambda x, v: run(x)(v))(x, u),
+                [run(a)(v) for a, v in zip(x, u, strict=True)],
+            )
         stacked = torch.utils._pytree.tree_map(lambda *ts: torch.stack(ts), *expected)
         assert_close(got, stacked)

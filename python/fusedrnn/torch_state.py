@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -64,9 +66,9 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
     if not VMAP_RULES and _functorch_level() is not None:
         return "operators have no rules for torch.func before torch 2.5"
     for tensor in tensors:
-        kind = type(tensor)
+        kind: Any = type(tensor)
         if (
-            isinstance(tensor, Tensor)
+            tensor is not None
             and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
             and not kind.__module__.startswith("torch._subclasses.")
         ):
@@ -141,7 +143,7 @@ NO_OPERATORS_THERE = (
 
 def refuse_jit_trace() -> None:
     """Raise RuntimeError if torch.jit.trace is at work."""
-    if torch.jit.is_tracing():
+    if _tracing_state() is not None:
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.trace"))
 
 

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import GRU, LSTM, RNN, engine
-from .engines import listener
 from .bench.contestants import difference
 from .bench.timer import torch_threads
-from .engines import ENGINES, cpu
+from .engines import ENGINES, cpu, listener
 from .engines.base import Call
 
 _MODULES: dict[str, Callable[..., torch.nn.RNNBase]] = {
