@@ -12,8 +12,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import fusedrnn
+from fusedrnn.torch_state import VMAP_RULES
 
 T, B, I, H = 4, 3, 6, 5
+#: What torch could not do yet when it had no vmap rules for operators, which is before 2.5.
+later_torch = pytest.mark.skipif(not VMAP_RULES, reason="torch 2.4 cannot")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning"),
@@ -74,6 +77,7 @@ def test_graph_has_one_operator_for_each_layer():
     assert graphs == [["fusedrnn.layer.default"] * 3]
 
 
+@later_torch
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("hx", [True, False])
 def test_packed_sequence_as_argument(hx, enforce_sorted):
@@ -156,6 +160,7 @@ class TestForwardMode:
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(function(forward_ad.make_dual(x, v))).tangent
 
+    @later_torch
     @pytest.mark.parametrize("where", ["jvp outside", "jvp inside", "jacfwd inside", "dual inside", "dual outside"])
     def test_never_zero(self, where):
         function, x = self.function(), torch.randn(T, B, I, dtype=torch.float64)
@@ -179,6 +184,7 @@ class TestForwardMode:
         assert_close(got, expected)
 
 
+@later_torch
 # torch's own access.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_autograd():

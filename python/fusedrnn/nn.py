@@ -118,9 +118,7 @@ def _check(module: torch.nn.RNNBase, cell: Cell, input: Tensor, hx: Any) -> None
 def _forward_packed(
     module: torch.nn.RNNBase, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]
 ) -> Any:
-    # Not unpacked as a tuple: Dynamo did not follow that at first.
-    data, batch_sizes = packed.data, packed.batch_sizes
-    sorted_indices, unsorted_indices = packed.sorted_indices, packed.unsorted_indices
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
     several = len(cell.states) > 1
     if hx is not None:
         hx = module.permute_hidden(hx, sorted_indices)
