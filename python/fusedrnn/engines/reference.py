@@ -53,7 +53,7 @@ def _one_direction(call: Call, direction: int) -> tuple[Tensor, list[Tensor]]:
     assert w_hh is not None
     gates = len(call.cell.gates)
     dense = call.batch_sizes is None
-    sizes = [call.batch] * call.time if call.batch_sizes is None else call.batch_sizes.tolist()
+    sizes = [call.batch] * call.time if call.batch_sizes is None else [int(size) for size in call.batch_sizes]
     products = list(
         linear(call.input, w_ih, b_ih).unbind(0) if dense else torch.split(linear(call.input, w_ih, b_ih), sizes)
     )
