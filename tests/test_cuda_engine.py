@@ -214,3 +214,17 @@ def test_mixed_dtypes_are_named():
 def _call(x: torch.Tensor) -> engines.base.Call:
     weights = (torch.zeros(16, 3), torch.zeros(16, 4), None, None, None)
     return engines.base.Call(fusedrnn.cells.CELLS["lstm"], x, (None, None), weights)
+
+
+def test_operators():
+    """Compiled, the engine runs as an operator whose backward runs forward again."""
+    torch.manual_seed(0)
+    model, x = fusedrnn.LSTM(5, 9, bidirectional=True), torch.randn(4, 3, 5, requires_grad=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    with fusedrnn.engine("cuda"):
+        for run in (model, compiled):
+            output, (h, c) = run(x)
+            loss = output.square().sum() + h.sum() + c.square().sum()
+            results.append([output, h, c, *torch.autograd.grad(loss, [x, *model.parameters()])])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)

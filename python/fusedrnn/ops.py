@@ -96,8 +96,11 @@ def _by_reference(call: Call, reason: str) -> Outputs:
 def _run(call: Call, choice: Choice, save: bool) -> tuple[list[Tensor], list[Tensor]]:
     call = call.with_tensors([plain(t) for t in call.tensors()])
     choice.route = "called as an operator of torch (torch.ops.fusedrnn)"
+    keeps = bool(choice.engine.saved_shapes(call))
+    if save and not keeps and not choice.engine.traceable:
+        choice.route += "; backward will run forward again"
     announce(call, choice)
-    outputs, saved = autograd.forward(choice.engine, call, save and not choice.engine.traceable)
+    outputs, saved = autograd.forward(choice.engine, call, save and keeps)
     return [_owned(t, choice.engine) for t in _present(outputs)], list(saved)
 
 

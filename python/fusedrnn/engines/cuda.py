@@ -87,6 +87,9 @@ class CudaEngine:
         with _plain_torch(self._device_type), _products_like_rnn(self._arithmetic(call.input.dtype)):
             return self._forward(call, save)
 
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        return ()  # part of what it keeps is the output itself, which an operator must not return twice
+
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
