@@ -537,7 +537,7 @@ def cells_of_the_table():
             yield pytest.param(line, kind, id=f"{line.name.replace(' ', '_')}-{kind}", marks=marks)
 
 
-@pytest.mark.parametrize(("line", "kind"), cells_of_the_table())
+@pytest.mark.parametrize(("line", "kind"), list(cells_of_the_table()))
 def test_row(line, kind):
     line.check(kind)
 
