@@ -122,7 +122,8 @@ class Direction:
         steps, batch, _ = x.shape
         self.cell, self.x, self.weights = cell, x, weights
         self.final = [state.copy() for state in initial]
-        self.output = np.zeros((steps, batch, initial[0].shape[1]))
+        self.steps = [np.zeros((steps, batch, state.shape[1])) for state in initial]
+        self.output = self.steps[0]
         self.tape: list[tuple[int, Array, Array, Array, Any]] = []
         for t in reversed(range(steps)) if reverse else range(steps):
             rows = np.flatnonzero(lengths > t)
@@ -136,18 +137,25 @@ class Direction:
                 new[0] = hidden @ weights.weight_hr.T
             for state, value in zip(self.final, new, strict=True):
                 state[rows] = value
-            self.output[t, rows] = new[0]
+            for at_every_step, value in zip(self.steps, new, strict=True):
+                at_every_step[t, rows] = value
             self.tape.append((t, rows, old[0], hidden, kept))
 
-    def backward(self, d_output: Array, d_final: Sequence[Array]) -> tuple[Array, list[Array], Weights]:
-        """Gradients of the input, of the initial states, and of the weights."""
+    def backward(
+        self, d_output: Array, d_final: Sequence[Array], d_others: Sequence[Array] = ()
+    ) -> tuple[Array, list[Array], Weights]:
+        """Gradients of the input, of the initial states, and of the weights.
+
+        ``d_others`` are those of the states but h at every step, (T, B, H) each.
+        """
         w = self.weights
         d_w = Weights(*(None if v is None else np.zeros_like(v) for v in w))
         d_x = np.zeros_like(self.x)
         d_states = [d.copy() for d in d_final]
         for t, rows, old_h, hidden, kept in reversed(self.tape):
             d_new = [d[rows] for d in d_states]
-            d_new[0] = d_new[0] + d_output[t, rows]
+            for k, d_step in enumerate([d_output, *d_others]):
+                d_new[k] = d_new[k] + d_step[t, rows]
             if w.weight_hr is not None:
                 d_w.weight_hr[...] += d_new[0].T @ hidden
                 d_new[0] = d_new[0] @ w.weight_hr
@@ -165,6 +173,77 @@ class Direction:
         return d_x, d_states, d_w
 
 
+class Segments:
+    """One direction of one layer with resets: each segment of each row is a row of its own, in a batch of segments.
+
+    A segment begins where a row does and where ``resets`` (T, B) is true. In the direction's order a row's first segment
+    starts from ``initial``, any other from ``reset_state``; a reset at the row's first step replaces the initial state
+    forward, where it comes before that step, and in reverse nothing, as no step comes after it.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        x: Array,
+        lengths: Array,
+        resets: Array,
+        initial: Sequence[Array],
+        reset_state: Sequence[Array],
+        weights: Weights,
+        *,
+        reverse: bool,
+    ) -> None:
+        steps, batch, features = x.shape
+        self.shape, self.pieces = x.shape, []
+        for b in range(batch):
+            cuts = [0, *(t for t in range(1, lengths[b]) if resets[t, b]), lengths[b]]
+            count = len(cuts) - 1
+            for k in range(count):
+                first, last = (k == count - 1, k == 0) if reverse else (k == 0, k == count - 1)
+                anew = not first or (not reverse and lengths[b] > 0 and resets[0, b])
+                self.pieces.append((b, slice(cuts[k], cuts[k + 1]), anew, last))
+        lengths_of_pieces = np.array([piece.stop - piece.start for _, piece, _, _ in self.pieces])
+        rows = np.zeros((steps, len(self.pieces), features))
+        starts = [np.zeros((len(self.pieces), state.shape[1])) for state in initial]
+        for n, (b, piece, anew, _) in enumerate(self.pieces):
+            rows[: lengths_of_pieces[n], n] = x[piece, b]
+            for start, old, new in zip(starts, initial, reset_state, strict=True):
+                start[n] = (new if anew else old)[b]
+        self.run = Direction(cell, rows, lengths_of_pieces, starts, weights, reverse=reverse)
+        self.steps = [self._joined(values) for values in self.run.steps]
+        self.output = self.steps[0]
+        self.final = [np.zeros_like(state) for state in initial]
+        for n, (b, _, _, last) in enumerate(self.pieces):
+            if last:
+                for whole, part in zip(self.final, self.run.final, strict=True):
+                    whole[b] = part[n]
+
+    def _joined(self, values: Array) -> Array:
+        whole = np.zeros((*self.shape[:2], values.shape[2]))
+        for n, (b, piece, _, _) in enumerate(self.pieces):
+            whole[piece, b] = values[: piece.stop - piece.start, n]
+        return whole
+
+    def _split(self, values: Array) -> Array:
+        parts = np.zeros((self.shape[0], len(self.pieces), values.shape[2]))
+        for n, (b, piece, _, _) in enumerate(self.pieces):
+            parts[: piece.stop - piece.start, n] = values[piece, b]
+        return parts
+
+    def backward(
+        self, d_output: Array, d_final: Sequence[Array], d_others: Sequence[Array] = ()
+    ) -> tuple[Array, list[Array], Weights]:
+        """As of a Direction. ``d_reset_state`` then holds the gradients of the reset states."""
+        ends = [np.array([d[b] * last for b, _, _, last in self.pieces]) for d in d_final]
+        d_x, d_starts, d_w = self.run.backward(self._split(d_output), ends, [self._split(d) for d in d_others])
+        d_initial = [np.zeros_like(d) for d in d_final]
+        self.d_reset_state = [np.zeros_like(d) for d in d_final]
+        for n, (b, _, anew, _) in enumerate(self.pieces):
+            for whole, part in zip(self.d_reset_state if anew else d_initial, d_starts, strict=True):
+                whole[b] += part[n]
+        return self._joined(d_x), d_initial, d_w
+
+
 class Network:
     """A stack of layers, run at construction.
 
@@ -175,10 +254,14 @@ class Network:
         initial: for each state of the cell (L*D, B, width), or None for zeros.
         weights: L*D entries, the directions of a layer side by side.
         directions: D.
+        resets: (T, B), or None for none.
+        reset_state: for each state (L*D, B, width), or None for zeros.
 
     Attributes:
         output: (T, B, D*R).
         final: for each state (L*D, B, width).
+        steps: for each layer and each state its values at every step (T, B, D*width).
+        d_reset_state: after ``backward``, if there are resets: for each state (L*D, B, width).
     """
 
     def __init__(
@@ -190,6 +273,8 @@ class Network:
         weights: Sequence[Weights],
         *,
         directions: int = 1,
+        resets: Array | None = None,
+        reset_state: Sequence[Array] | None = None,
     ) -> None:
         steps, batch, _ = x.shape
         lengths = np.full(batch, steps) if lengths is None else np.asarray(lengths)
@@ -198,28 +283,49 @@ class Network:
             hidden = width if weights[0].weight_hr is None else weights[0].weight_hr.shape[1]
             widths = [width, *[hidden] * (len(cell.states) - 1)]
             initial = [np.zeros((len(weights), batch, w)) for w in widths]
-        self.layers: list[list[Direction]] = []
+        fresh = [np.zeros_like(state) for state in initial] if reset_state is None else reset_state
+
+        def run(k: int, reverse: bool) -> Direction | Segments:
+            start = [state[k] for state in initial]
+            if resets is None:
+                return Direction(cell, x, lengths, start, weights[k], reverse=reverse)
+            return Segments(cell, x, lengths, resets, start, [s[k] for s in fresh], weights[k], reverse=reverse)
+
+        self.layers: list[list[Direction | Segments]] = []
         for first in range(0, len(weights), directions):
-            layer = [
-                Direction(cell, x, lengths, [s[first + d] for s in initial], weights[first + d], reverse=d == 1)
-                for d in range(directions)
-            ]
-            x = np.concatenate([run.output for run in layer], -1)
+            layer = [run(first + d, reverse=d == 1) for d in range(directions)]
+            x = np.concatenate([of_direction.output for of_direction in layer], -1)
             self.layers.append(layer)
+        self.steps = [
+            [np.concatenate(values, -1) for values in zip(*(one.steps for one in layer), strict=True)]
+            for layer in self.layers
+        ]
         self.output = x
         runs = [run for layer in self.layers for run in layer]
         self.final = [np.stack(values) for values in zip(*(run.final for run in runs), strict=True)]
 
-    def backward(self, d_output: Array, d_final: Sequence[Array]) -> tuple[Array, list[Array], list[Weights]]:
-        """Gradients of the input, of the initial states, and of the weights."""
+    def backward(
+        self, d_output: Array, d_final: Sequence[Array], d_steps: Sequence[Sequence[Array]] = ()
+    ) -> tuple[Array, list[Array], list[Weights]]:
+        """Gradients of the input, of the initial states, and of the weights. ``d_steps`` are those of ``steps``."""
+        self.d_reset_state = [np.zeros_like(state) for state in self.final]
         d_initial = [np.zeros_like(state) for state in self.final]
         d_weights: list[Weights] = []
         directions = len(self.layers[0])
         for index in reversed(range(len(self.layers))):
             d_x, of_layer = 0, []
+            d_others: list[list[Array]] = [[] for _ in range(directions)]
+            if d_steps:
+                d_output = d_output + d_steps[index][0]
+                d_others = (
+                    list(zip(*(np.split(d, directions, -1) for d in d_steps[index][1:]), strict=True)) or d_others
+                )
             for d, (run, d_out) in enumerate(zip(self.layers[index], np.split(d_output, directions, -1), strict=True)):
                 k = index * directions + d
-                from_run, d_states, d_w = run.backward(d_out, [s[k] for s in d_final])
+                from_run, d_states, d_w = run.backward(d_out, [s[k] for s in d_final], d_others[d])
+                if isinstance(run, Segments):
+                    for whole, part in zip(self.d_reset_state, run.d_reset_state, strict=True):
+                        whole[k] = part
                 d_x = d_x + from_run
                 for whole, part in zip(d_initial, d_states, strict=True):
                     whole[k] = part

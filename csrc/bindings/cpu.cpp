@@ -51,24 +51,33 @@ struct Grouping {
 
 enum class Layout { time_major, batch_first, one_step };
 
+// What a call may say of its sequences: each None if it does not.
+struct Along {
+  py::handle batch_sizes;    // of a packed batch: int64, T entries
+  py::handle lengths;        // of a padded batch: int64, B entries
+  py::handle resets;         // bool (T, B), or (tokens) if packed
+  py::sequence reset_state;  // for each state (D, B, width) or None; empty: all None
+};
+
 // The arguments that forward and backward share, checked, of either precision.
 struct Arguments {
   int cell;
   int bits;  // of a value
   Sequence seq{};
-  std::vector<int64_t> starts;
+  std::vector<int64_t> sizes, starts, order;
+  std::vector<uint8_t> resets;
   int64_t I, H, R;
   int directions;
   bool projected;
   TensorView input;
-  TensorView hx[max_states];
+  TensorView hx[max_states], reset_state[max_states];
   TensorView weights[max_directions][5];
 
-  Arguments(const std::string& name, py::handle input_, py::handle batch_sizes, const py::sequence& hx_,
+  Arguments(const std::string& name, py::handle input_, const Along& along, const py::sequence& hx_,
             const py::sequence& weights_, const Grouping& grouping = {}, Layout layout = Layout::time_major)
       : cell(cell_index(name)), input(view(input_)) {
     const CellFacts& facts = cell_facts[cell];
-    const bool packed = !batch_sizes.is_none();
+    const bool packed = !along.batch_sizes.is_none();
     require(input.dims == (packed || layout == Layout::one_step ? 2 : 3), "input has the wrong number of dimensions");
     if (layout == Layout::batch_first) swap_first_two(input);
     if (layout == Layout::one_step) add_dimension(input);
@@ -77,10 +86,12 @@ struct Arguments {
     I = input.shape[input.dims - 1];
     require(side_by_side(input), "the input's features are not side by side");
     if (packed)
-      read_batch_sizes(batch_sizes);
+      read_batch_sizes(along.batch_sizes);
     else
       seq.T = input.shape[0], seq.B = input.shape[1];
     require(seq.T > 0, "the sequence has no steps");
+    if (!along.lengths.is_none()) read_lengths(along.lengths);
+    if (!along.resets.is_none()) read_resets(along.resets);
     const auto each = static_cast<size_t>(grouping.each);
     require(weights_.size() == each || weights_.size() == 2 * each, "wrong number of weights");
     directions = static_cast<int>(weights_.size() / each);
@@ -114,7 +125,16 @@ struct Arguments {
       }
       if (hx[s]) check_state(hx[s], "initial state", s);
     }
+    if (along.reset_state.size() == 0) return;
+    require(along.reset_state.size() == static_cast<size_t>(facts.states), "wrong number of reset states");
+    for (int s = 0; s < facts.states; ++s) {
+      reset_state[s] = view(along.reset_state[static_cast<size_t>(s)]);
+      if (reset_state[s]) check_state(reset_state[s], "reset state", s);
+    }
   }
+  // The sequence points into this.
+  Arguments(const Arguments&) = delete;
+  Arguments& operator=(const Arguments&) = delete;
 
   static void swap_first_two(TensorView& v) {
     std::swap(v.shape[0], v.shape[1]);
@@ -150,16 +170,26 @@ struct Arguments {
 
   // (T, B, features) or (tokens, features), features side by side.
   void check_tokens(const TensorView& v, const char* name, int64_t features) const {
-    const bool packed = seq.sizes != nullptr;
+    const bool packed = is_packed();
     const bool right = v.is_float(bits) && v.dims == (packed ? 2 : 3) && v.shape[v.dims - 1] == features &&
                        side_by_side(v) &&
                        (packed ? v.shape[0] == seq.tokens() : v.shape[0] == seq.T && v.shape[1] == seq.B);
     if (!right) fail(std::string(name) + " has the wrong shape, dtype or layout");
   }
 
+  bool is_packed() const { return seq.sizes && !seq.order; }
+
+  // A new tensor with a row of features for each token.
+  NewTensor new_rows(int64_t features) const {
+    return is_packed() ? new_tensor({seq.tokens(), features}, bits) : new_tensor({seq.T, seq.B, features}, bits);
+  }
+
+  // Of a padded batch for all of T x B, as a compiler must know it without the lengths; what lies behind the values of
+  // the real tokens is not touched, and so takes no memory.
   int64_t saved_count() const {
     const CellFacts& facts = cell_facts[cell];
-    return directions * saved_size(facts.kept, facts.states, seq.tokens(), H, R, projected);
+    const int64_t tokens = seq.order ? seq.T * seq.B : seq.tokens();
+    return directions * saved_size(facts.kept, facts.states, tokens, H, R, projected);
   }
 
   template <class T>
@@ -169,14 +199,17 @@ struct Arguments {
     layer.directions = directions;
     layer.projected = projected;
     layer.input = tokens<const T>(input);
-    for (int s = 0; s < max_states; ++s) layer.hx[s] = static_cast<const T*>(hx[s].data);
+    for (int s = 0; s < max_states; ++s) {
+      layer.hx[s] = static_cast<const T*>(hx[s].data);
+      layer.reset_state[s] = static_cast<const T*>(reset_state[s].data);
+    }
     for (int d = 0; d < directions; ++d) layer.weights[d] = as_weights<const T>(weights[d]);
   }
 
   template <class Value>
   TokenRows<Value> tokens(const TensorView& v) const {
     if (!v) return {};
-    return {static_cast<Value*>(v.data), v.stride[0], v.stride[seq.sizes ? 0 : 1]};
+    return {static_cast<Value*>(v.data), v.stride[0], v.stride[is_packed() ? 0 : 1]};
   }
 
   template <class Value>
@@ -203,6 +236,45 @@ struct Arguments {
     seq.starts = starts.data();
     require(seq.tokens() == input.shape[0], "batch_sizes do not add up to the rows of the input");
   }
+
+  void read_lengths(py::handle tensor) {
+    const TensorView lengths = view(tensor);
+    require(!seq.sizes, "there are both batch_sizes and lengths");
+    require(lengths.dims == 1 && lengths.kind == 'i' && lengths.bits == 64 && lengths.contiguous() &&
+                lengths.shape[0] == seq.B,
+            "lengths is not a contiguous vector of int64, one for each sequence");
+    const auto* length = static_cast<const int64_t*>(lengths.data);
+    const auto T = static_cast<size_t>(seq.T);
+    sizes.resize(T + 1);
+    for (int64_t b = 0; b < seq.B; ++b) {
+      require(length[b] >= 0 && length[b] <= seq.T, "lengths must be from 0 to the number of steps");
+      ++sizes[static_cast<size_t>(length[b])];
+    }
+    // So far sizes[n] counts the sequences of n steps. The longest come first, so sizes[t], those of more than t steps,
+    // is also where those of t steps begin.
+    int64_t longer = 0;
+    for (size_t n = T + 1; n-- > 0;) longer += std::exchange(sizes[n], longer);
+    order.resize(static_cast<size_t>(seq.B));
+    std::vector<int64_t> next = sizes;
+    for (int64_t b = 0; b < seq.B; ++b) order[static_cast<size_t>(next[static_cast<size_t>(length[b])]++)] = b;
+    starts.resize(T + 1);
+    for (size_t t = 0; t < T; ++t) starts[t + 1] = starts[t] + sizes[t];
+    seq.sizes = sizes.data(), seq.starts = starts.data(), seq.order = order.data();
+  }
+
+  void read_resets(py::handle tensor) {
+    const TensorView given = view(tensor);
+    const bool packed = is_packed();
+    require(given.kind == 'b' && given.dims == (packed ? 1 : 2) &&
+                (packed ? given.shape[0] == seq.tokens() : given.shape[0] == seq.T && given.shape[1] == seq.B),
+            "resets is not Boolean, or not of one value for each step of each sequence");
+    resets.resize(static_cast<size_t>(seq.tokens()));
+    const TokenRows<const uint8_t> rows{static_cast<const uint8_t*>(given.data), given.stride[0],
+                                        given.stride[packed ? 0 : 1]};
+    for (int64_t t = 0; t < seq.T; ++t)
+      for (int64_t b = 0; b < seq.size(t); ++b) resets[static_cast<size_t>(seq.start(t) + b)] = *rows.at(seq, t, b);
+    seq.resets = resets.data();
+  }
 };
 
 // Calls f with a value of the type of `bits` bits.
@@ -222,41 +294,42 @@ const Functions<T>& functions(int cell) {
     return kernels().double_[cell];
 }
 
-// Runs a layer whose output, final states and saved values are views of memory that is ready to be written.
-void run_forward(const Arguments& a, const TensorView& output, const TensorView* final, const TensorView& saved,
-                 int threads) {
+// Runs a layer whose output, states of every step, final states and saved values are views of memory that is ready to
+// be written.
+void run_forward(const Arguments& a, const TensorView& output, const TensorView* states, const TensorView* final,
+                 const TensorView& saved, int threads) {
   with_type(a.bits, [&](auto zero) {
     using T = decltype(zero);
     Forward<T> args{};
     a.fill(args);
     args.output = a.tokens<T>(output);
     args.saved = static_cast<T*>(saved.data);
-    for (int s = 0; s < cell_facts[a.cell].states; ++s) args.final[s] = static_cast<T*>(final[s].data);
+    for (int s = 0; s < cell_facts[a.cell].states; ++s) {
+      args.states[s] = a.tokens<T>(states[s]);
+      args.final[s] = static_cast<T*>(final[s].data);
+    }
     const auto& kernel = functions<T>(a.cell);
     const py::gil_scoped_release release;
     kernel.forward(args, threads);
   });
 }
 
-py::tuple forward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
-                  const py::sequence& weights, bool sequence, bool save, int threads) {
-  const Arguments a(cell, input, batch_sizes, hx, weights);
+py::list forward(const std::string& cell, py::handle input, py::handle batch_sizes, py::handle lengths,
+                 py::handle resets, const py::sequence& hx, const py::sequence& reset_state,
+                 const py::sequence& weights, bool sequence, bool every_state, bool save, int threads) {
+  const Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state}, hx, weights);
   const int states = cell_facts[a.cell].states;
-  const int64_t width = a.directions * a.R;
-  NewTensor output{py::none(), {}}, saved{py::none(), {}};
-  if (sequence)
-    output = a.seq.sizes ? new_tensor({a.seq.tokens(), width}, a.bits) : new_tensor({a.seq.T, a.seq.B, width}, a.bits);
-  if (save) saved = new_tensor({a.saved_count()}, a.bits);
-  py::tuple result(static_cast<size_t>(2 + states));
-  TensorView final[max_states];
-  for (int s = 0; s < states; ++s) {
-    NewTensor state = new_tensor({a.directions, a.seq.B, a.state_width(s)}, a.bits);
-    final[s] = state.view;
-    result[static_cast<size_t>(1 + s)] = std::move(state.object);
-  }
-  run_forward(a, output.view, final, saved.view, threads);
-  result[0] = std::move(output.object);
-  result[static_cast<size_t>(1 + states)] = std::move(saved.object);
+  py::list result;
+  const auto add = [&](NewTensor made) {
+    result.append(std::move(made.object));
+    return made.view;
+  };
+  TensorView every[max_states], final[max_states];
+  const TensorView output = add(sequence ? a.new_rows(a.directions * a.R) : NewTensor{py::none(), {}});
+  for (int s = 1; s < states && every_state; ++s) every[s] = add(a.new_rows(a.directions * a.H));
+  for (int s = 0; s < states; ++s) final[s] = add(new_tensor({a.directions, a.seq.B, a.state_width(s)}, a.bits));
+  const TensorView saved = add(save ? new_tensor({a.saved_count()}, a.bits) : NewTensor{py::none(), {}});
+  run_forward(a, output, every, final, saved, threads);
   return result;
 }
 
@@ -268,12 +341,13 @@ py::object express(const std::string& cell, py::handle input, const py::sequence
   for (const py::handle weight : weights) plain = plain && is_plain(weight);
   if (!plain) return py::none();
   try {
-    const Arguments a(cell, input, py::none(), hx, weights, Grouping(bias, projected), layout);
+    const Along dense{py::none(), py::none(), py::none(), py::tuple()};
+    const Arguments a(cell, input, dense, hx, weights, Grouping(bias, projected), layout);
     const bool one_step = layout == Layout::one_step;
     const int states = cell_facts[a.cell].states;
     const size_t first = one_step ? 0 : 1;
     py::tuple result(first + static_cast<size_t>(states));
-    TensorView output, final[max_states];
+    TensorView output, every[max_states], final[max_states];
     if (!one_step) {
       const bool batch_first = layout == Layout::batch_first;
       const int64_t T = a.seq.T, B = a.seq.B, width = a.directions * a.R;
@@ -288,20 +362,23 @@ py::object express(const std::string& cell, py::handle input, const py::sequence
       final[s] = made.view;
       result[first + static_cast<size_t>(s)] = std::move(made.object);
     }
-    run_forward(a, output, final, {}, threads);
+    run_forward(a, output, every, final, {}, threads);
     return result;
   } catch (const std::invalid_argument&) {
     return py::none();
   }
 }
 
-py::tuple backward(const std::string& cell, py::handle input, py::handle batch_sizes, const py::sequence& hx,
+py::tuple backward(const std::string& cell, py::handle input, py::handle batch_sizes, py::handle lengths,
+                   py::handle resets, const py::sequence& hx, const py::sequence& reset_state,
                    const py::sequence& weights, py::handle saved, const py::sequence& grads, const py::sequence& needs,
                    int threads) {
-  const Arguments a(cell, input, batch_sizes, hx, weights);
+  const Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state}, hx, weights);
   const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = weights.size();
-  require(grads.size() == 1 + states, "wrong number of gradients");
-  require(needs.size() == 1 + states + count, "wrong number of needs");
+  const bool every_state = grads.size() > 1 + states;
+  const size_t first_final = every_state ? states : 1;
+  require(grads.size() == first_final + states, "wrong number of gradients");
+  require(needs.size() == 1 + states + count + reset_state.size(), "wrong number of needs");
   const TensorView saved_view = view(saved), d_output = view(grads[0]);
   a.check(saved_view, "saved", {a.saved_count()});
   if (d_output) a.check_tokens(d_output, "the gradient of the output", a.directions * a.R);
@@ -317,11 +394,14 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
     return made.view;
   };
   const TensorView d_input = gradient(0, a.input);
-  TensorView given[max_states], d_hx[max_states], d_weights[max_directions][5];
+  TensorView every[max_states], given[max_states], d_hx[max_states], d_reset[max_states], d_weights[max_directions][5];
   for (size_t s = 0; s < states; ++s) {
-    given[s] = view(grads[1 + s]);
+    if (s > 0 && every_state) every[s] = view(grads[s]);
+    if (every[s]) a.check_tokens(every[s], "the gradient of a state at every step", a.directions * a.H);
+    given[s] = view(grads[first_final + s]);
     if (given[s]) a.check_state(given[s], "the gradient of a final state", static_cast<int>(s));
     d_hx[s] = gradient(1 + s, a.hx[s]);
+    if (reset_state.size() > 0) d_reset[s] = gradient(1 + states + count + s, a.reset_state[s]);
   }
   for (size_t w = 0; w < count; ++w) d_weights[w / 5][w % 5] = gradient(1 + states + w, a.weights[w / 5][w % 5]);
   with_type(a.bits, [&](auto zero) {
@@ -332,8 +412,10 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
     args.d_output = a.tokens<const T>(d_output);
     args.d_input = a.tokens<T>(d_input);
     for (size_t s = 0; s < states; ++s) {
+      args.d_states[s] = a.tokens<const T>(every[s]);
       args.d_final[s] = static_cast<const T*>(given[s].data);
       args.d_hx[s] = static_cast<T*>(d_hx[s].data);
+      args.d_reset_state[s] = static_cast<T*>(d_reset[s].data);
     }
     for (int d = 0; d < a.directions; ++d) args.d_weights[d] = Arguments::as_weights<T>(d_weights[d]);
     const auto& kernel = functions<T>(a.cell);
@@ -419,16 +501,20 @@ PYBIND11_MODULE(_cpu, m) {
       .value("time_major", Layout::time_major)
       .value("batch_first", Layout::batch_first)
       .value("one_step", Layout::one_step);
-  m.def("forward", &forward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
-        py::arg("weights"), py::arg("sequence"), py::arg("save"), py::arg("threads"),
-        "Runs a layer: (output or None, *final states, saved or None). ValueError if the call breaks the contract.");
+  m.def(
+      "forward", &forward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
+      py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("sequence"),
+      py::arg("every_state"), py::arg("save"), py::arg("threads"),
+      "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
+      "ValueError if the call breaks the contract.");
   m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
         py::arg("projected"), py::arg("layout"), py::arg("threads"),
         "Runs a layer without gradients: (output, *final states), or (*states) of one step; None if anything about "
         "the call is out of the ordinary.");
-  m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("hx"),
-        py::arg("weights"), py::arg("saved"), py::arg("grads"), py::arg("needs"), py::arg("threads"),
-        "Gradients of input, hx and weights, None where not needed.");
+  m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
+        py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("saved"),
+        py::arg("grads"), py::arg("needs"), py::arg("threads"),
+        "Gradients of input, hx, weights and reset_state, None where not needed.");
   m.def("saved_per_token", &saved_per_token, py::arg("cell"), py::arg("hidden"), py::arg("output"),
         py::arg("projected"), "Values that forward saves for each token and direction.");
   m.def("probe_multiply_adds", &probe_multiply_adds, py::arg("dtype"), py::arg("seconds"),

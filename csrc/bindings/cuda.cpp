@@ -44,21 +44,23 @@ CellKind cell_kind(const std::string& name) {
 }  // namespace
 
 void register_cuda(py::module_& m) {
+  // The module over the emulator has the same types; both may be loaded in one process.
+  const py::module_local local;
   m.doc() = "CUDA kernels. See csrc/cuda/launch.h for the contract and fusedrnn/engines/cuda.py for the use.";
 
-  py::enum_<Arithmetic>(m, "Arithmetic")
+  py::enum_<Arithmetic>(m, "Arithmetic", local)
       .value("f32", Arithmetic::f32)
       .value("tf32", Arithmetic::tf32)
       .value("bf16", Arithmetic::bf16)
       .value("f16", Arithmetic::f16)
       .value("f64", Arithmetic::f64);
-  py::enum_<Path>(m, "Path")
+  py::enum_<Path>(m, "Path", local)
       .value("automatic", Path::automatic)
       .value("one_cta", Path::one_cta)
       .value("grid", Path::grid)
       .value("per_step", Path::per_step);
 
-  py::class_<Sizes>(m, "Sizes")
+  py::class_<Sizes>(m, "Sizes", local)
       .def(py::init([](const std::string& cell, Arithmetic arithmetic, bool backward, int64_t T, int64_t B, int64_t H,
                        int directions) {
              if (T < 1 || B < 1 || H < 1 || directions < 1 || directions > max_directions)
@@ -68,7 +70,7 @@ void register_cuda(py::module_& m) {
            py::arg("cell"), py::arg("arithmetic"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("H"),
            py::arg("directions"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", local)
       .def_readonly("path", &Plan::path)
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("k_groups", &Plan::k_groups)

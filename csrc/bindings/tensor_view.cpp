@@ -51,7 +51,21 @@ struct Exchange {
   void* current_work_stream;
 };
 constexpr int32_t cpu = 1;
-constexpr uint8_t code_int = 0, code_float = 2;
+constexpr uint8_t code_int = 0, code_float = 2, code_bool = 6;
+
+// As TensorView names them.
+char kind(uint8_t code) {
+  switch (code) {
+    case code_float:
+      return 'f';
+    case code_int:
+      return 'i';
+    case code_bool:
+      return 'b';
+    default:
+      return '?';
+  }
+}
 
 }  // namespace dlpack
 
@@ -81,14 +95,15 @@ TensorView through_exchange(const dlpack::Exchange& exchange, py::handle object)
   result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   result.dims = tensor.ndim;
   for (int d = 0; d < tensor.ndim; ++d) result.shape[d] = tensor.shape[d], result.stride[d] = tensor.strides[d];
-  result.kind = tensor.dtype.code == dlpack::code_float ? 'f' : tensor.dtype.code == dlpack::code_int ? 'i' : '?';
+  result.kind = dlpack::kind(tensor.dtype.code);
   result.bits = tensor.dtype.bits;
   return result;
 }
 
 TensorView through_methods(py::handle tensor) {
   static const py::object torch = py::module_::import("torch");
-  static const py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), int64 = torch.attr("int64");
+  static const py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), int64 = torch.attr("int64"),
+                          boolean = torch.attr("bool");
   if (!tensor.attr("is_cpu").cast<bool>()) throw std::invalid_argument("a tensor is not on the CPU");
   TensorView result;
   const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
@@ -98,8 +113,8 @@ TensorView through_methods(py::handle tensor) {
   for (int d = 0; d < result.dims; ++d)
     result.shape[d] = shape[d].cast<int64_t>(), result.stride[d] = stride[d].cast<int64_t>();
   const py::object dtype = tensor.attr("dtype");
-  result.kind = dtype.is(float32) || dtype.is(float64) ? 'f' : dtype.is(int64) ? 'i' : '?';
-  result.bits = dtype.is(float32) ? 32 : 64;
+  result.kind = dtype.is(float32) || dtype.is(float64) ? 'f' : dtype.is(int64) ? 'i' : dtype.is(boolean) ? 'b' : '?';
+  result.bits = dtype.is(float32) ? 32 : dtype.is(boolean) ? 8 : 64;
   return result;
 }
 

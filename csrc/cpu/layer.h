@@ -16,25 +16,39 @@ namespace fusedrnn {
 
 constexpr int max_states = 2, max_directions = 2;
 
-// Which tokens exist. Dense: every sequence has T steps. Packed (torch's PackedSequence): `sizes[t]` sequences, the
-// first ones, are active at step t; sizes never rise. Active rows at a step are always the first ones.
+// Which tokens exist. Dense: every sequence has T steps. Packed (torch's PackedSequence) or padded: `sizes[t]`
+// sequences, the first ones, are active at step t; sizes never rise. A padded batch lies in memory like a dense one,
+// and `order` sorts it: the kernels count its sequences from the longest to the shortest, which may have no step at
+// all. So active rows at a step are always the first ones.
 struct Sequence {
   int64_t T, B;
-  const int64_t* sizes;   // packed: T entries; dense: null
-  const int64_t* starts;  // packed: T + 1 entries, tokens before step t; dense: null
+  const int64_t* sizes;             // packed, padded: T entries; dense: null
+  const int64_t* starts;            // packed, padded: T + 1 entries, tokens before step t; dense: null
+  const int64_t* order = nullptr;   // padded: for each sequence its row in memory; dense, packed: null
+  const uint8_t* resets = nullptr;  // for each token whether a new segment starts with it; null if none does
 
   FUSEDRNN_ALWAYS_INLINE int64_t size(int64_t t) const { return sizes ? sizes[t] : B; }
   FUSEDRNN_ALWAYS_INLINE int64_t start(int64_t t) const { return starts ? starts[t] : t * B; }
   FUSEDRNN_ALWAYS_INLINE int64_t tokens() const { return start(T); }
+  FUSEDRNN_ALWAYS_INLINE int64_t row(int64_t b) const { return order ? order[b] : b; }
+
+  // Whether sequence b enters its i-th step with the reset state: segments are cut before a step that is reset, which
+  // comes after the cut forward and before it in reverse, where the i-th step is T - 1 - i.
+  FUSEDRNN_ALWAYS_INLINE bool cut(int direction, int64_t i, int64_t b) const {
+    if (!resets) return false;
+    const int64_t t = direction == 0 ? i : T - i;
+    return i < T && t < T && b < size(t) && resets[start(t) + b];
+  }
 };
 
 // A tensor with one row of features per token: (T, B, features) with any strides, or (tokens, features) if packed.
+// What a padded one holds behind the end of a sequence is not read; in results it is zero.
 template <class Value>
 struct TokenRows {
   Value* data;
   int64_t step, row;  // strides; packed: step is not used
   FUSEDRNN_ALWAYS_INLINE Value* at(const Sequence& seq, int64_t t, int64_t b) const {
-    return seq.sizes ? data + (seq.starts[t] + b) * row : data + t * step + b * row;
+    return seq.sizes && !seq.order ? data + (seq.starts[t] + b) * row : data + t * step + seq.row(b) * row;
   }
 };
 
@@ -75,17 +89,30 @@ struct Layer {
   int directions;
   bool projected;
   TokenRows<const T> input;
-  const T* hx[max_states];  // (D, B, width), contiguous, null for zeros
+  const T* hx[max_states];           // (D, B, width), contiguous, null for zeros
+  const T* reset_state[max_states];  // likewise: with what a segment starts where `seq.resets` says so
   Weights<const T> weights[max_directions];
 
   FUSEDRNN_ALWAYS_INLINE int64_t state_width(int s) const { return s == 0 ? R : H; }
+
+  // Where the values of sequence b begin in a tensor shaped as state s.
+  FUSEDRNN_ALWAYS_INLINE int64_t state_at(int direction, int s, int64_t b) const {
+    return (direction * seq.B + seq.row(b)) * state_width(s);
+  }
+
+  // With what sequence b enters its i-th step if that is not what the step before has left; null for zeros.
+  FUSEDRNN_ALWAYS_INLINE const T* initial(int direction, int s, int64_t i, int64_t b) const {
+    const T* states = seq.cut(direction, i, b) ? reset_state[s] : hx[s];
+    return states ? states + state_at(direction, s, b) : nullptr;
+  }
 };
 
 template <class T>
 struct Forward : Layer<T> {
-  TokenRows<T> output;   // (T, B, D*R) or (tokens, D*R), data null if not wanted
-  T* final[max_states];  // (D, B, width), contiguous
-  T* saved;              // D times saved_size values, null if not wanted
+  TokenRows<T> output;              // (T, B, D*R) or (tokens, D*R), data null if not wanted
+  TokenRows<T> states[max_states];  // of the states but h the values at each step, D*H wide, data null if not wanted
+  T* final[max_states];             // (D, B, width), contiguous
+  T* saved;                         // D times saved_size values, null if not wanted
 };
 
 // Gradients: null inputs are zeros, null results are not wanted.
@@ -93,9 +120,11 @@ template <class T>
 struct Backward : Layer<T> {
   const T* saved;
   TokenRows<const T> d_output;
+  TokenRows<const T> d_states[max_states];
   const T* d_final[max_states];
   TokenRows<T> d_input;
   T* d_hx[max_states];
+  T* d_reset_state[max_states];
   Weights<T> d_weights[max_directions];
 };
 

@@ -66,6 +66,18 @@ static inline Range rows_part(const Sequence& seq, int rank, int size) {
   return {boundary(rank), boundary(rank + 1)};
 }
 
+// Zeros behind the end of each sequence of a padded batch: some steps for each thread.
+template <class T>
+static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t width, const Team& team) {
+  if (!seq.order || !rows.data) return;
+  const Range steps = part(seq.T, team.rank, team.size);
+  for (int64_t t = steps.first; t < steps.last; ++t)
+    for (int64_t b = seq.size(t); b < seq.B; ++b) {
+      T* row = rows.at(seq, t, b);
+      for (int64_t j = 0; j < width; ++j) row[j] = 0;
+    }
+}
+
 // A thread's share of every division, and its own scratch.
 template <class T>
 struct Share {
@@ -97,6 +109,12 @@ FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
   constexpr int64_t W = Simd<T>::width;
   for (; first + 2 * W <= last; first += 2 * W) f(Math<T, 2>{}, first, (int)W);
   for (; first < last; first += W) f(Math<T, 1>{}, first, (int)smaller(W, last - first));
+}
+
+// The columns of some panels.
+template <class T>
+static Range columns_of(const Panels<T>& panels, Range mine) {
+  return mine.first < mine.last ? Range{panels.first(mine.first), panels.last(mine.last - 1)} : Range{0, 0};
 }
 
 template <class T, class Cell>
@@ -138,7 +156,7 @@ class ForwardPass {
     const int64_t B = a_.seq.B;
     const int vectors = panel_vectors<T>(plan_, a_.H);
     // Packing a weight costs about as much as eight uses of it unpacked.
-    const bool packs = a_.seq.tokens() > 8;
+    const bool packs = a_.seq.tokens() > 8 || within_;
     const auto panels = [&](bool packed, int64_t K, int64_t columns, int matrices) {
       T* data = packed ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
       return Panels<T>{data, K, columns, vectors, matrices};
@@ -177,6 +195,8 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
+    clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
+    for (int s = 1; s < states; ++s) clear_padding(a_.seq, a_.states[s], a_.directions * a_.H, team);
     for (int d = 0; d < a_.directions; ++d) {
       prepare(d, team);
       team.sync();
@@ -190,6 +210,7 @@ class ForwardPass {
             project_output(d, share, i);
           }
           finish(d, share, i);
+          if (a_.seq.resets) start_anew(d, share, i + 1);
           if (!by_rows) team.sync();
         }
       }
@@ -235,9 +256,11 @@ class ForwardPass {
     for (int64_t b = rows.first; b < rows.last; ++b)
       for (int s = 0; s < states; ++s) {
         const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
-        const T* initial = a_.hx[s] ? a_.hx[s] + (d * B + b) * width : nullptr;
+        const T* initial = a_.initial(d, s, 0, b);
+        const bool empty = b >= a_.seq.size(0);
         for (int64_t j = 0; j < padded; ++j) {
           const T value = initial && j < width ? initial[j] : T(0);
+          if (empty && j < width) a_.final[s][a_.state_at(d, s, b) + j] = value;
           if (s == 0)
             h_[0][b * padded + j] = h_[1][b * padded + j] = value;
           else
@@ -315,6 +338,7 @@ class ForwardPass {
   struct Destination {
     T *gates, *h, *output;
     T* state[states];        // carried states but h
+    T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
   };
 
@@ -323,7 +347,10 @@ class ForwardPass {
     to.gates = gates_at(d, begin, i, b);
     to.h = a_.projected ? state_[0] + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
     if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
-    for (int s = 1; s < states; ++s) to.state[s] = state_[s] + b * state_width_;
+    for (int s = 1; s < states; ++s) {
+      to.state[s] = state_[s] + b * state_width_;
+      if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
+    }
     if (a_.saved)
       for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
     return to;
@@ -348,7 +375,10 @@ class ForwardPass {
     for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
     Cell::template forward<M>(x, r, prev, next, keep);
     M::store(to.h + j, next[0]);
-    for (int s = 1; s < states; ++s) M::store(to.state[s] + j, next[s]);
+    for (int s = 1; s < states; ++s) {
+      M::store(to.state[s] + j, next[s]);
+      if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
+    }
     if (to.output) M::store(to.output + j, next[0], lanes);
     if (a_.saved) {
       for (int k = 0; k < Cell::kept; ++k) M::store(to.gates + k * a_.H + j, keep[k], lanes);
@@ -380,18 +410,38 @@ class ForwardPass {
 
   // Final states of the rows whose sequence ends with order i.
   void finish(int d, const Share<T>& share, int64_t i) {
-    const int64_t active = a_.seq.size(time(d, i)), B = a_.seq.B;
+    const int64_t active = a_.seq.size(time(d, i));
     const int64_t stay = i + 1 < a_.seq.T ? smaller(active, a_.seq.size(time(d, i + 1))) : 0;
     for (int64_t b = larger(share.rows.first, stay); b < smaller(share.rows.last, active); ++b)
       for (int s = 0; s < states; ++s) {
-        const T* from = s == 0 ? h_[(i + 1) & 1] + b * output_width_ : state_[s] + b * state_width_;
-        T* to = a_.final[s] + (d * B + b) * a_.state_width(s);
-        const bool outputs = s == 0 && a_.projected;
-        const Panels<T>& panels = outputs ? w_hr_ : w_hh_[0];
-        const Range mine = outputs ? share.outputs : share.units;
-        if (mine.first == mine.last) continue;
-        for (int64_t j = panels.first(mine.first); j < panels.last(mine.last - 1); ++j) to[j] = from[j];
+        const T* from = carried(s, i + 1, b);
+        T* to = a_.final[s] + a_.state_at(d, s, b);
+        const Range mine = columns(share, s);
+        for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from[j];
       }
+  }
+
+  // Of the rows whose segment starts with order i, the states of the reset in place of those carried there.
+  void start_anew(int d, const Share<T>& share, int64_t i) {
+    for (int64_t b = share.rows.first; b < share.rows.last; ++b)
+      if (a_.seq.cut(d, i, b))
+        for (int s = 0; s < states; ++s) {
+          const T* from = a_.initial(d, s, i, b);
+          T* to = carried(s, i, b);
+          const Range mine = columns(share, s);
+          for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from ? from[j] : T(0);
+        }
+  }
+
+  // State s of one row as it enters order i.
+  T* carried(int s, int64_t i, int64_t b) const {
+    return s == 0 ? h_[i & 1] + b * output_width_ : state_[s] + b * state_width_;
+  }
+
+  // The columns of state s that one thread computes.
+  Range columns(const Share<T>& share, int s) const {
+    const bool outputs = s == 0 && a_.projected;
+    return columns_of(outputs ? w_hr_ : w_hh_[0], outputs ? share.outputs : share.units);
   }
 
   const Forward<T>& a_;
@@ -527,6 +577,7 @@ class BackwardPass {
     if (team.size != plan_.threads) return;
     Own o = own(team);
     const int64_t T_ = a_.seq.T;
+    clear_padding(a_.seq, a_.d_input, a_.I, team);
     for (int d = 0; d < a_.directions; ++d) {
       prepare(d, team);
       o.sum_weights = sum_weights(d, team.rank);
@@ -554,6 +605,13 @@ class BackwardPass {
   int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
   int64_t size(int d, int64_t i) const { return i < 0 || i >= a_.seq.T ? 0 : a_.seq.size(time(d, i)); }
 
+  // Whether a row enters order i with what the order before has left. Else with this:
+  bool goes_on(int d, int64_t i, int64_t b) const { return b < size(d, i - 1) && !a_.seq.cut(d, i, b); }
+  const T* initial(int d, int s, int64_t i, int64_t b) const {
+    const T* states = a_.initial(d, s, i, b);
+    return states ? states : zeros_;
+  }
+
   void prepare(int d, const Team& team) {
     const Weights<const T>& w = a_.weights[d];
     pack_gates(w_hh_, w.w_hh, a_.R, Cell::recurrent_slot, slots - G, team);
@@ -566,9 +624,16 @@ class BackwardPass {
     const Range rows = part(a_.seq.B, team.rank, team.size);
     for (int s = 0; s < states; ++s) {
       const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
-      for (int64_t b = rows.first; b < rows.last; ++b)
-        for (int64_t j = 0; j < padded; ++j)
-          carry_[s][b * padded + j] = a_.d_final[s] && j < width ? a_.d_final[s][(d * a_.seq.B + b) * width + j] : T(0);
+      for (int64_t b = rows.first; b < rows.last; ++b) {
+        const int64_t at = a_.state_at(d, s, b);
+        const bool empty = b >= a_.seq.size(0);
+        for (int64_t j = 0; j < padded; ++j) {
+          const T value = a_.d_final[s] && j < width ? a_.d_final[s][at + j] : T(0);
+          carry_[s][b * padded + j] = value;
+          if (empty && j < width && a_.d_hx[s]) a_.d_hx[s][at + j] = value;
+          if (j < width && a_.d_reset_state[s]) a_.d_reset_state[s][at + j] = 0;
+        }
+      }
     }
     if (team.rank == 0)
       for (int64_t j = 0; j < larger(state_width_, output_width_); ++j) zeros_[j] = 0;
@@ -598,10 +663,15 @@ class BackwardPass {
   void step(int d, const Own& o, int64_t i, const Team& team) {
     const int64_t now = smaller(o.rows.last, size(d, i)), after = smaller(o.rows.last, size(d, i + 1));
     const int64_t first = o.rows.first, both = larger(first, smaller(now, after));
+    const Range mine = columns_of(units(), o.units);
+    if (a_.seq.resets)
+      for (int64_t b = first; b < after; ++b)
+        for (int s = 1; s < states && a_.seq.cut(d, i + 1, b); ++s)
+          leave_segment(d, s, b, mine, carry_[s] + b * state_width_ + mine.first);
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t p = o.outputs.first; p < o.outputs.last; ++p) {
       for_groups<T>(first, both, [&](int64_t row, int64_t n) {
-        multiply_slots(o, p, i + 1, row, n);
+        multiply_slots(d, o, p, i + 1, row, n);
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(both, now, [&](int64_t row, int64_t n) {
@@ -609,16 +679,15 @@ class BackwardPass {
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(larger(first, now), after, [&](int64_t row, int64_t n) {
-        multiply_slots(o, p, i + 1, row, n);
+        multiply_slots(d, o, p, i + 1, row, n);
         initial_gradients(d, o, p, row, n);
       });
     }
     for (int s = 1; s < states; ++s)
       if (a_.d_hx[s])
-        for (int64_t p = o.units.first; p < o.units.last; ++p)
-          for (int64_t b = larger(first, now); b < after; ++b)
-            for (int64_t j = units().first(p); j < units().last(p); ++j)
-              a_.d_hx[s][(d * a_.seq.B + b) * a_.H + j] = carry_[s][b * state_width_ + j];
+        for (int64_t b = larger(first, now); b < after; ++b)
+          for (int64_t j = mine.first; j < mine.last; ++j)
+            a_.d_hx[s][a_.state_at(d, s, b) + j] = carry_[s][b * state_width_ + j];
     if (a_.projected) {
       if (!plan_.by_rows) team.sync();
       for (int64_t p = o.units.first; p < o.units.last; ++p)
@@ -633,10 +702,27 @@ class BackwardPass {
 
   const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
 
-  // sums = gradients of the recurrent products at order i, times W_hh.
-  void multiply_slots(const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+  // sums = gradients of the recurrent products at order i, times W_hh. Where a segment starts there nothing is left.
+  void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+    const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
-    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, w_hh_.vectors_of(p) * W);
+    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo);
+    if (!a_.seq.resets) return;
+    for (int64_t k = 0; k < n; ++k)
+      if (a_.seq.cut(d, i, row + k)) {
+        leave_segment(d, 0, row + k, {first, w_hh_.last(p)}, o.sums + k * ldo);
+        leave_segment(d, 0, row + k, {first, w_hh_.last(p)}, carry_[0] + (row + k) * output_width_ + first);
+      }
+  }
+
+  // What goes back to state s of a sequence, beyond the start of a segment, is the reset state's gradient and ends
+  // there.
+  void leave_segment(int d, int s, int64_t b, Range columns, T* gradient) {
+    T* to = a_.d_reset_state[s] ? a_.d_reset_state[s] + a_.state_at(d, s, b) : nullptr;
+    for (int64_t j = columns.first; j < columns.last; ++j) {
+      if (to) to[j] += gradient[j - columns.first];
+      gradient[j - columns.first] = 0;
+    }
   }
 
   // Completes the gradient of h, and goes on to the gates unless the projection comes between.
@@ -665,13 +751,12 @@ class BackwardPass {
     const Saved<const T> saved = saved_of(d);
     for (int64_t k = 0; k < n; ++k) {
       const int64_t b = row + k, token = a_.seq.start(time(d, i)) + b;
-      const bool started = b < size(d, i - 1);  // else the state before is the initial one
+      const bool started = goes_on(d, i, b);
       const int64_t before = started ? a_.seq.start(time(d, i - 1)) + b : 0;
-      const T* prev_at[states];
-      for (int s = 0; s < states; ++s)
-        prev_at[s] = started    ? saved.state[s] + before * H
-                     : a_.hx[s] ? a_.hx[s] + (d * a_.seq.B + b) * a_.state_width(s)
-                                : zeros_;
+      const T *prev_at[states], *given[states] = {};
+      for (int s = 0; s < states; ++s) prev_at[s] = started ? saved.state[s] + before * H : initial(d, s, i, b);
+      for (int s = 1; s < states; ++s)
+        if (a_.d_states[s].data) given[s] = a_.d_states[s].at(a_.seq, time(d, i), b) + d * H;
       T* d_slots = d_slots_at(i, b);
       for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
         using M = decltype(math);
@@ -683,7 +768,10 @@ class BackwardPass {
           next[s] = M::load(saved.state[s] + token * H + j, lanes);
         }
         d_next[0] = M::load(o.sums + k * ldo + j - first);
-        for (int s = 1; s < states; ++s) d_next[s] = M::load(carry_[s] + b * state_width_ + j);
+        for (int s = 1; s < states; ++s) {
+          d_next[s] = M::load(carry_[s] + b * state_width_ + j);
+          if (given[s]) d_next[s] = d_next[s] + M::load(given[s] + j, lanes);
+        }
         Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
         if (!a_.projected) M::store(carry_[0] + b * output_width_ + j, d_prev[0]);
         for (int s = 1; s < states; ++s) M::store(carry_[s] + b * state_width_ + j, d_prev[s]);
@@ -696,7 +784,7 @@ class BackwardPass {
     if (!a_.d_hx[0]) return;
     const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) {
-      T* to = a_.d_hx[0] + (d * a_.seq.B + row + k) * a_.R + first;
+      T* to = a_.d_hx[0] + a_.state_at(d, 0, row + k) + first;
       const T* carry = carry_[0] + (row + k) * output_width_ + first;
       for (int64_t j = 0; j < columns; ++j) to[j] = o.sums[k * ldo + j] + carry[j];
     }
@@ -716,9 +804,7 @@ class BackwardPass {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t b = o.rows.first; b < smaller(o.rows.last, size(d, i)); ++b, ++count) {
         o.x[count] = a_.input.at(a_.seq, time(d, i), b);
-        o.h_before[count] = b < size(d, i - 1) ? h + (a_.seq.start(time(d, i - 1)) + b) * a_.R
-                            : a_.hx[0]         ? a_.hx[0] + (d * a_.seq.B + b) * a_.R
-                                               : zeros_;
+        o.h_before[count] = goes_on(d, i, b) ? h + (a_.seq.start(time(d, i - 1)) + b) * a_.R : initial(d, 0, i, b);
         o.d_slots[count] = d_slots_at(i, b);
         if (a_.d_input.data) o.d_x[count] = a_.d_input.at(a_.seq, time(d, i), b);
         if (a_.projected) {
@@ -767,10 +853,6 @@ class BackwardPass {
       pack_blocks(o.d_h + token, n, outputs.first, outputs.last, o.blocks);
       products(o, n, only, 1, 0, outputs, a_.R, o.unprojected + token, a_.H, to.w_hr, add);
     }
-  }
-
-  static Range columns_of(const Panels<T>& panels, Range mine) {
-    return mine.first < mine.last ? Range{panels.first(mine.first), panels.last(mine.last - 1)} : Range{0, 0};
   }
 
   // to[g * height + u][c] = or += sum over n tokens of column u of slot[g]'s blocks times rows[token][c].

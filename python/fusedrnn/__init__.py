@@ -1,6 +1,7 @@
 """Fused RNN, LSTM and GRU kernels for PyTorch: drop-in modules, functions, and an honest account of what ran."""
 
 from . import functional, nn
+from .along import States, debug
 from .convert import convert, patch, revert, survey
 from .engines import engine
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -15,7 +16,9 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "States",
     "convert",
+    "debug",
     "engine",
     "explain",
     "functional",

@@ -12,12 +12,16 @@ def forward(
     cell: str,
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     hx: Sequence[Tensor | None],
+    reset_state: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     sequence: bool,
+    every_state: bool,
     save: bool,
     threads: int,
-) -> tuple[Tensor | None, ...]: ...
+) -> list[Tensor | None]: ...
 def express(
     cell: str,
     input: Tensor,
@@ -32,7 +36,10 @@ def backward(
     cell: str,
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     hx: Sequence[Tensor | None],
+    reset_state: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     saved: Tensor,
     grads: Sequence[Tensor | None],

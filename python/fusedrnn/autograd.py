@@ -45,13 +45,14 @@ class Layer(torch.autograd.Function):
         outputs, saved = forward(engine, template.with_tensors(tensors), save=True)
         ctx.engine, ctx.template, ctx.count = engine, template, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved)
+        # Those of along() too, so that autograd notices if somebody changes them before backward reads them again.
+        ctx.save_for_backward(*tensors, *template.along(), *saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        tensors, saved = kept[: ctx.count], kept[ctx.count :]
+        tensors, saved = kept[: ctx.count], kept[ctx.count + 3 :]
         needs = ctx.needs_input_grad[2:]
         if legacy_batched(grads) or in_forward_mode():
             result = gradient(ENGINES["reference"], ctx.template.with_tensors(tensors), grads, needs)
@@ -93,7 +94,7 @@ class _LayerBackward(torch.autograd.Function):
     def forward(
         ctx: Any, engine: Engine, template: Call, saved: Saved, needs: Sequence[bool], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        outputs = 1 + len(template.cell.states)
+        outputs = template.outputs
         ctx.template, ctx.needs, ctx.outputs = template, needs, outputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)

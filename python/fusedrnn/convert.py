@@ -166,7 +166,8 @@ def convert(model: Model, *, verbose: bool = False) -> Model:
 def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
-    Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone.
+    Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone, and so
+    are modules with a learned initial state, which torch.nn's do not have.
 
     Args:
         model: any module, a recurrent one itself included.
@@ -176,7 +177,7 @@ def revert(model: Model) -> Model:
     """
     for module in model.modules():
         before = _BEFORE.get(type(module))
-        if before is not None:
+        if before is not None and "learn_initial_state" not in vars(module):
             module.__class__ = before  # type: ignore[assignment]
     return model
 

@@ -9,12 +9,14 @@ the gates are torch's: 1 for an RNN, 4 (i, f, g, o) for an LSTM, 3 (r, z, n) for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import along as along_time
+from .along import PLAIN, Along, States
 from .cells import CELLS, Cell
 from .engines import cpu, is_cpu_engine_likely, listener
 from .engines.base import WEIGHTS_PER_DIRECTION, Call
@@ -60,7 +62,8 @@ def network(
     bidirectional: bool = False,
     projected: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+    along: Along = PLAIN,
+) -> tuple[Tensor, list[Tensor], States | None]:
     """A stack of layers of any cell: what all the functions of this module do once their arguments are in order.
 
     Args:
@@ -70,9 +73,11 @@ def network(
         weights: flat, as the module's docstring says.
         projected: whether ``weights`` include weight_hr.
         batch_sizes: of the PackedSequence.
+        along: lengths, resets, and whether the states of every step are wanted.
 
     Returns:
-        output (T, B, D*R) or (tokens, D*R), and for each state its final value (L*D, B, width).
+        output (T, B, D*R) or (tokens, D*R), for each state its final value (L*D, B, width), and the states of every
+        step if they are wanted.
 
     Raises:
         RuntimeError: wrong shapes, dtypes, devices, or number of weights.
@@ -94,13 +99,15 @@ def network(
         target = _autocast_target(cell, low, input, hx, whole=batch_sizes is None and not projected)
         with torch.autocast(input.device.type, enabled=False):
             input, hx, groups = input.to(target), [_to(h, target) for h in hx], tuple(_to(w, target) for w in groups)
-            output, last = _layers(
-                cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes
+            along = along_time.to(along, target)
+            output, last, states = _layers(
+                cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes, along
             )
             if projected and target != torch.float64:  # the projection is a product, so its result is low
                 output, last = output.to(low), [last[0].to(low), *last[1:]]
-            return output, last
-    return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes)
+                states = states and States(tuple(h.to(low) for h in states.h), states.c)
+            return output, last, states
+    return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes, along)
 
 
 def express(
@@ -155,26 +162,37 @@ def _layers(
     directions: int,
     dropout: float,
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    if num_layers == 1:
-        output, *last = run(Call(cell, input, tuple(hx), weights, batch_sizes))
-        return output, last  # type: ignore[return-value]
+    along: Along,
+) -> tuple[Tensor, list[Tensor], States | None]:
+    every = along.states and len(cell.states) > 1
+    rest = batch_sizes, True, along.lengths, along.resets
+    if num_layers == 1 and not along.states:
+        output, *last = run(Call(cell, input, tuple(hx), weights, *rest, along.reset_state))
+        return output, last, None  # type: ignore[return-value]
     for name, state in zip(cell.states, hx, strict=True):
         if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
             raise RuntimeError(
                 f"Expected {name}_0 of shape ({num_layers * directions}, batch, features), got {tuple(state.shape)}"
             )
     final: list[list[Tensor]] = [[] for _ in cell.states]
+    hidden: list[Tensor] = []
+    cells: list[Tensor] = []
     each = directions * WEIGHTS_PER_DIRECTION
     for layer in range(num_layers):
         if layer and dropout:
             input = torch.nn.functional.dropout(input, dropout)
         of_layer = tuple(None if h is None else h[layer * directions : (layer + 1) * directions] for h in hx)
-        output, *last = run(Call(cell, input, of_layer, weights[layer * each : (layer + 1) * each], batch_sizes))
+        reset_state = along_time.of_layer(along, layer, directions)
+        of_weights = weights[layer * each : (layer + 1) * each]
+        output, *last = run(Call(cell, input, of_layer, of_weights, *rest, reset_state, every))
         input = output  # type: ignore[assignment]
+        hidden.append(input)
+        if every:
+            cells.append(last.pop(0))  # type: ignore[arg-type]
         for values, value in zip(final, last, strict=True):
             values.append(value)  # type: ignore[arg-type]
-    return input, [torch.cat(values) for values in final]
+    states = States(tuple(hidden), tuple(cells) if every else None) if along.states else None
+    return input, [torch.cat(values) for values in final], states
 
 
 def sequence(
@@ -185,17 +203,39 @@ def sequence(
     *,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Sequence[Tensor | None] | None = None,
+    return_states: bool = False,
+    hx_given: bool | None = None,
     **options: Any,
-) -> tuple[Tensor, list[Tensor]]:
-    """:func:`network` for input as users have it: unbatched, batch first, or packed.
+) -> tuple[Tensor, list[Tensor], States | None]:
+    """:func:`network` for input as users have it: unbatched, batch first, packed, or jagged.
+
+    Args:
+        hx_given: whether hx is the caller's, and so begins the first segment, resets or not; by default if it is there.
 
     Raises:
         ValueError: the input is neither 2D nor 3D.
-        RuntimeError: as ``network``, or a state's number of dimensions does not fit the input's.
+        TypeError: lengths or resets are not tensors.
+        RuntimeError: as ``network``, or a state's number of dimensions does not fit the input's, or options along time
+            do not fit it.
     """
-    if batch_sizes is not None:
-        return network(cell, input, hx, weights, batch_sizes=batch_sizes, **options)
     _check_states(cell, hx)
+    if input.is_nested:
+        return _jagged(
+            cell, input, hx, weights, lengths, resets, reset_state=reset_state, return_states=return_states,
+            hx_given=hx_given, **options,
+        )  # fmt: skip
+
+    def along(layout: str) -> Along:
+        if lengths is None and resets is None and not return_states:
+            return PLAIN
+        given = any(h is not None for h in hx) if hx_given is None else hx_given
+        return along_time.checked(input, layout, lengths, resets, reset_state, return_states, given)
+
+    if batch_sizes is not None:
+        return network(cell, input, hx, weights, batch_sizes=batch_sizes, along=along("tokens"), **options)
     dims = input.dim()
     if dims not in (2, 3):
         raise ValueError(f"{cell.mode}: Expected input to be 2D or 3D, got {dims}D instead")
@@ -203,18 +243,52 @@ def sequence(
         if state is not None and state.dim() != dims:
             raise RuntimeError(f"For {dims}-D input, {name}_0 should also be {dims}-D, got {state.dim()}-D")
     if dims == 2:
-        output, last = network(
-            cell, input.unsqueeze(1), [None if h is None else h.unsqueeze(1) for h in hx], weights, **options
-        )
-        return output.squeeze(1), [state.squeeze(1) for state in last]
+        with_batch = [None if h is None else h.unsqueeze(1) for h in hx]
+        output, last, states = network(cell, input.unsqueeze(1), with_batch, weights, along=along("T"), **options)
+        return output.squeeze(1), [h.squeeze(1) for h in last], _each(states, lambda t: t.squeeze(1))
     if not batch_first:
-        return network(cell, input, hx, weights, **options)
-    output, last = network(cell, input.transpose(0, 1), hx, weights, **options)
-    return output.transpose(0, 1), last
+        return network(cell, input, hx, weights, along=along("TB"), **options)
+    output, last, states = network(cell, input.transpose(0, 1), hx, weights, along=along("BT"), **options)
+    return output.transpose(0, 1), last, _each(states, lambda t: t.transpose(0, 1))
+
+
+def _each(states: States | None, change: Callable[[Tensor], Tensor]) -> States | None:
+    if states is None:
+        return None
+    return States(*(None if values is None else tuple(map(change, values)) for values in states))  # type: ignore[arg-type]
+
+
+def _jagged(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, list[Tensor], States | None]:
+    """A jagged nested tensor (B, j, I), as a padded batch with lengths; the output is jagged again."""
+    if lengths is not None:
+        raise RuntimeError("a jagged input has lengths of its own: leave the argument out")
+    padded, own = along_time.pad(input)
+    if resets is not None:
+        if not resets.is_nested:
+            raise RuntimeError("resets of a jagged input must be jagged themselves, with the same offsets")
+        resets, of_resets = along_time.pad(resets)
+        if not torch.equal(of_resets, own):
+            raise RuntimeError("resets must be as long as the input's sequences")
+    options |= {"batch_first": True, "lengths": own, "resets": resets}
+    output, last, states = sequence(cell, padded, hx, weights, **options)
+    return along_time.unpad(output, input), last, _each(states, lambda t: along_time.unpad(t, input))
 
 
 def cell_step(
-    cell: Cell, input: Tensor, hx: Sequence[Tensor | None], weights: Sequence[Tensor | None]
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None = None,
+    reset_state: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """One step of one cell: what the ``*_cell`` functions do.
 
@@ -223,17 +297,21 @@ def cell_step(
         input: (B, I) or unbatched (I).
         hx: for each state of the cell (B, H) or (H), or None for zeros.
         weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih (G*H) or None, bias_hh (G*H) or None.
+        resets: bool (B,) or unbatched (): rows that start from ``reset_state``, not from hx.
+        reset_state: for each state (B or 1, H), unbatched (H), or None for zeros.
 
     Returns:
         for each state its new value, shaped as the state.
 
     Raises:
         ValueError: the input or a state is neither 1D nor 2D.
+        TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    quick = express(cell, input, hx, weights, "one_step")
-    if quick is not None:
-        return quick
+    if resets is None:
+        quick = express(cell, input, hx, weights, "one_step")
+        if quick is not None:
+            return quick
     _check_states(cell, hx)
     dims = input.dim()
     for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
@@ -241,6 +319,8 @@ def cell_step(
             raise ValueError(f"{cell.mode} cell: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
         if tensor is not None and tensor.dim() != dims:
             raise RuntimeError(f"For {dims}-D input, {name} should also be {dims}-D, got {tensor.dim()}-D")
+    if resets is not None:
+        along_time.check_resets(resets, input.shape[:-1], input)
     add_batch = (0, 0) if dims == 1 else (0,)
 
     def batched(tensor: Tensor | None) -> Tensor | None:
@@ -252,8 +332,14 @@ def cell_step(
     if low is not None and input.is_floating_point():
         low = _autocast_target(cell, low, input, hx, whole=False)
         with torch.autocast(input.device.type, enabled=False):
-            return cell_step(cell, input.to(low), [_to(h, low) for h in hx], [_to(w, low) for w in weights])
+            lowered = [[_to(t, low) for t in tensors] for tensors in (hx, weights, reset_state or ())]
+            return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None)
     call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]
+    if resets is not None:
+        call.resets = resets[None, None] if dims == 1 else resets[None]
+        layout = "T" if dims == 1 else "B"
+        states = along_time.reset_state_of_rows(reset_state, input, input.shape[:-1], layout)
+        call.reset_state = tuple(None if s is None else s[None] for s in states)
     return tuple(state[add_batch] for state in run(call)[1:])  # type: ignore[index]
 
 
@@ -270,7 +356,11 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, States]:
     """Elman network (Elman 1990): ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or with relu.
 
     Args:
@@ -285,17 +375,27 @@ def rnn(
         bidirectional: whether D is 2.
         batch_first: whether batch comes before time in input and output.
         batch_sizes: of a PackedSequence, int64 on the CPU.
+        lengths: steps of each sequence of a padded batch, integers (B,), in any order, from 0 to T. What the input
+            holds behind a sequence's end is not read; the output is zero there, h_n is the state after the last step
+            (in reverse after the first), which for length 0 is hx, and the reverse direction starts at the end.
+            A jagged nested tensor (B, j, I) is accepted as input in the place of both; the output is jagged too.
+        resets: bool, laid out as the input without its features: a new segment begins at these steps. The state
+            before such a step is ``reset_state``, and no gradient crosses. At step 0 an hx that is given wins.
+            In reverse a segment ends there: the state is reset between that step and the one before it.
+        reset_state: like hx, or with B = 1 one for all sequences; None for zeros. Used only with ``resets``.
+        return_states: whether to return the states of every step too.
 
     Returns:
-        output (T, B, D*H), laid out as the input, and h_n (L*D, B, H).
+        output (T, B, D*H), laid out as the input, h_n (L*D, B, H), and with ``return_states`` a :class:`States`.
 
     Raises:
         ValueError: unknown nonlinearity, dropout outside [0, 1], input neither 2D nor 3D.
-        RuntimeError: wrong shapes, dtypes, devices, or number of weights.
+        TypeError: lengths, resets or reset_state are not tensors.
+        RuntimeError: wrong shapes, dtypes, devices, or number of weights; lengths outside [0, T].
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    output, (h_n,) = sequence(
+    output, (h_n,), states = sequence(
         CELLS[f"rnn_{nonlinearity}"],
         input,
         (hx,),
@@ -307,8 +407,12 @@ def rnn(
         bidirectional=bidirectional,
         batch_first=batch_first,
         batch_sizes=batch_sizes,
+        lengths=lengths,
+        resets=resets,
+        reset_state=None if reset_state is None else (reset_state,),
+        return_states=return_states,
     )
-    return output, h_n
+    return (output, h_n) if states is None else (output, h_n, states)
 
 
 def lstm(
@@ -324,7 +428,11 @@ def lstm(
     projected: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], States]:
     """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014).
 
     Args:
@@ -336,7 +444,7 @@ def lstm(
 
     The other arguments and the errors are those of :func:`rnn`.
     """
-    output, (h_n, c_n) = sequence(
+    output, (h_n, c_n), states = sequence(
         CELLS["lstm"],
         input,
         (None, None) if hx is None else hx,
@@ -349,8 +457,12 @@ def lstm(
         projected=projected,
         batch_first=batch_first,
         batch_sizes=batch_sizes,
+        lengths=lengths,
+        resets=resets,
+        reset_state=reset_state,
+        return_states=return_states,
     )
-    return output, (h_n, c_n)
+    return (output, (h_n, c_n)) if states is None else (output, (h_n, c_n), states)
 
 
 def gru(
@@ -365,12 +477,16 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, States]:
     """Gated recurrent unit (Cho et al. 2014), the reset gate applied after the recurrent product as in cuDNN.
 
     Arguments, results and errors are those of :func:`rnn`.
     """
-    output, (h_n,) = sequence(
+    output, (h_n,), states = sequence(
         CELLS["gru"],
         input,
         (hx,),
@@ -382,8 +498,12 @@ def gru(
         bidirectional=bidirectional,
         batch_first=batch_first,
         batch_sizes=batch_sizes,
+        lengths=lengths,
+        resets=resets,
+        reset_state=None if reset_state is None else (reset_state,),
+        return_states=return_states,
     )
-    return output, h_n
+    return (output, h_n) if states is None else (output, h_n, states)
 
 
 def rnn_cell(
@@ -395,8 +515,12 @@ def rnn_cell(
     bias_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
 ) -> Tensor:
     """One step of :func:`rnn`: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h.
+
+    Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, shaped as hx or (1, H), None for zeros.
 
     Raises:
         ValueError: unknown nonlinearity, input or hx neither 1D nor 2D.
@@ -404,7 +528,9 @@ def rnn_cell(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    return cell_step(CELLS[f"rnn_{nonlinearity}"], input, (hx,), (weight_ih, weight_hh, bias_ih, bias_hh))[0]
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    fresh = None if reset_state is None else (reset_state,)
+    return cell_step(CELLS[f"rnn_{nonlinearity}"], input, (hx,), weights, resets, fresh)[0]
 
 
 def lstm_cell(
@@ -414,15 +540,20 @@ def lstm_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input (B, I) or (I), hx a pair of (B, H) or (H), or None; returns the new (h, c).
+
+    ``resets`` and ``reset_state``, a pair, as for :func:`rnn_cell`.
 
     Raises:
         ValueError: input or a state neither 1D nor 2D.
         RuntimeError: wrong shapes, dtypes or devices.
     """
     states = (None, None) if hx is None else hx
-    h, c = cell_step(CELLS["lstm"], input, states, (weight_ih, weight_hh, bias_ih, bias_hh))
+    h, c = cell_step(CELLS["lstm"], input, states, (weight_ih, weight_hh, bias_ih, bias_hh), resets, reset_state)
     return h, c
 
 
@@ -433,11 +564,17 @@ def gru_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
 ) -> Tensor:
     """One step of :func:`gru`: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h.
+
+    ``resets`` and ``reset_state`` as for :func:`rnn_cell`.
 
     Raises:
         ValueError: input or hx neither 1D nor 2D.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    return cell_step(CELLS["gru"], input, (hx,), (weight_ih, weight_hh, bias_ih, bias_hh))[0]
+    fresh = None if reset_state is None else (reset_state,)
+    return cell_step(CELLS["gru"], input, (hx,), (weight_ih, weight_hh, bias_ih, bias_hh), resets, fresh)[0]

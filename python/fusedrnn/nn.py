@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dynamo, functional
+from .along import States
 from .cells import CELLS, MODES, Cell
 from .torch_state import NO_OPERATORS_THERE
 
@@ -38,36 +39,109 @@ class _Fused(torch.nn.Module):
 
 
 class _Recurrent(_Fused, torch.nn.RNNBase):
-    """``forward`` for all of torch.nn's sequence modules."""
+    """``forward`` and options of our own for all of torch.nn's sequence modules.
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the network as torch.nn's module of the same name does.
+    Args:
+        learn_initial_state: whether the state that a sequence starts from, where the caller gives none, and a segment
+            after a reset, is a parameter: ``initial_h`` (L*D, 1, R) and for an LSTM ``initial_c`` (L*D, 1, H), zeros
+            at first.
+
+    The other arguments are those of torch.nn's module of the same name.
+    """
+
+    def __init__(self, *args: Any, learn_initial_state: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if learn_initial_state:
+            self.learn_initial_state = True
+            rows = self.num_layers * (2 if self.bidirectional else 1)
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)
+            like = self.weight_ih_l0
+            for name, width in zip(MODES[self.mode].states, widths, strict=False):
+                self.register_parameter(f"initial_{name}", torch.nn.Parameter(like.new_zeros(rows, 1, width)))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as torch.nn does; a learned initial state becomes zero."""
+        super().reset_parameters()  # type: ignore[no-untyped-call]
+        for state in _learned(self) or ():
+            torch.nn.init.zeros_(state)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", learn_initial_state=True" if _learned(self) else "")
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Run the network as torch.nn's module of the same name does, with the options along time of fusedrnn.
 
         Args:
-            input: (T, B, I), (B, T, I) with ``batch_first``, unbatched (T, I), or a PackedSequence.
-            hx: initial state (L*D, B, R), for an LSTM a pair with c (L*D, B, H); unbatched without B; None for zeros.
+            input: (T, B, I), (B, T, I) with ``batch_first``, unbatched (T, I), a PackedSequence, or a jagged nested
+                tensor (B, j, I).
+            hx: initial state (L*D, B, R), for an LSTM a pair with c (L*D, B, H); unbatched without B; None for the
+                learned initial state or, without one, zeros.
+            lengths, resets, return_states: see :func:`fusedrnn.functional.rnn`. A PackedSequence has neither lengths
+                nor resets.
+            reset_state: like ``hx``, or with B = 1; None as for ``hx``.
 
         Returns:
-            output, laid out as the input with D*R features, and the final state, shaped as ``hx``.
+            output, laid out as the input with D*R features, the final state, shaped as ``hx``, and with
+            ``return_states`` a :class:`fusedrnn.States`.
 
         Raises:
             ValueError, RuntimeError: whatever torch.nn's module raises for the same fault.
+            TypeError, RuntimeError: see :func:`fusedrnn.functional.rnn`.
         """
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
+        learned = _learned(self)
+        options: dict[str, Any] = {}
+        if lengths is not None or resets is not None or return_states:
+            given = learned if reset_state is None else _states(cell, reset_state)
+            options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
+            options["hx_given"] = hx is not None
+        if learned and hx is None:
+            hx = _for_batch(learned, input, self.batch_first)
         states = _states(cell, hx)
-        if self.num_layers == 1:
+        if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"
             quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
             if quick is not None:
                 return quick[0], quick[1] if len(quick) == 2 else quick[1:]
         if isinstance(input, PackedSequence):
-            return _forward_packed(self, cell, input, hx, weights)
+            return _forward_packed(self, cell, input, hx, weights, options)
         # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
-        if not _looks_right(self, input, hx, weights) and not torch.compiler.is_compiling():
+        if not _looks_right(self, input, hx, weights) and not torch.compiler.is_compiling() and not input.is_nested:
             _check(self, cell, input, hx)
-        output, last = functional.sequence(cell, input, states, weights, batch_first=self.batch_first, **_options(self))
-        return output, last[0] if len(last) == 1 else tuple(last)
+        output, last, every = functional.sequence(
+            cell, input, states, weights, batch_first=self.batch_first, **_options(self), **options
+        )
+        final: Any = last[0] if len(last) == 1 else tuple(last)
+        return (output, final) if every is None else (output, final, every)
+
+
+def _learned(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
+    """The parameters of the learned initial state; modules that were made by torch.nn have none."""
+    if "learn_initial_state" not in module.__dict__:
+        return None
+    return tuple(getattr(module, f"initial_{name}") for name in MODES[module.mode].states)  # type: ignore[index]
+
+
+def _for_batch(learned: tuple[Tensor, ...], input: Any, batch_first: bool) -> Any:
+    """The learned initial state as the hx of a call."""
+    if isinstance(input, PackedSequence):
+        batch = int(input.batch_sizes[0])
+    elif input.dim() == 2:
+        return learned[0][:, 0] if len(learned) == 1 else tuple(state[:, 0] for state in learned)
+    else:
+        batch = input.shape[0 if batch_first or input.is_nested else 1]
+    states = tuple(state.expand(-1, batch, -1) for state in learned)
+    return states[0] if len(states) == 1 else states
 
 
 def _options(module: torch.nn.RNNBase) -> dict[str, Any]:
@@ -116,9 +190,19 @@ def _check(module: torch.nn.RNNBase, cell: Cell, input: Tensor, hx: Any) -> None
 
 
 def _forward_packed(
-    module: torch.nn.RNNBase, cell: Cell, packed: PackedSequence, hx: Any, weights: list[Tensor]
+    module: torch.nn.RNNBase,
+    cell: Cell,
+    packed: PackedSequence,
+    hx: Any,
+    weights: list[Tensor],
+    options: dict[str, Any],
 ) -> Any:
     data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if options.get("lengths") is not None or options.get("resets") is not None:
+        raise RuntimeError(
+            f"{type(module).__name__}: a PackedSequence takes neither lengths nor resets: give the padded batch "
+            "instead, which costs the same with lengths"
+        )
     several = len(cell.states) > 1
     if hx is not None:
         hx = module.permute_hidden(hx, sorted_indices)
@@ -128,14 +212,17 @@ def _forward_packed(
         module.check_input(data, batch_sizes)
     else:
         module.check_forward_args(data, hx, batch_sizes)
-    output, last = functional.sequence(
-        cell, data, _states(cell, hx), weights, batch_sizes=batch_sizes, **_options(module)
+    output, last, every = functional.sequence(
+        cell, data, _states(cell, hx), weights, batch_sizes=batch_sizes, **_options(module), **options
     )
-    final: Any = tuple(last) if several else last[0]
-    return (
-        PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-        module.permute_hidden(final, unsorted_indices),
-    )
+
+    def like(rows: Tensor) -> PackedSequence:
+        return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+    final: Any = module.permute_hidden(tuple(last) if several else last[0], unsorted_indices)
+    if every is None:
+        return like(output), final
+    return like(output), final, States(*(None if rows is None else tuple(map(like, rows)) for rows in every))  # type: ignore[arg-type]
 
 
 class RNN(_Recurrent, torch.nn.RNN):
@@ -164,26 +251,60 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class RNNCell(_Fused, torch.nn.RNNCell):
     """torch.nn.RNNCell, run by fusedrnn."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.RNNCell."""
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.RNNCell.
+
+        Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, (B or 1, H) or (H), None for zeros.
+        """
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return functional.cell_step(CELLS[f"rnn_{self.nonlinearity}"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]
+        cell, weights = CELLS[f"rnn_{self.nonlinearity}"], _current(self, _CELL_WEIGHTS)
+        fresh = None if reset_state is None else (reset_state,)
+        return functional.cell_step(cell, input, (hx,), weights, resets, fresh)[0]
 
 
 class LSTMCell(_Fused, torch.nn.LSTMCell):
     """torch.nn.LSTMCell, run by fusedrnn."""
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: input (B, I) or (I), hx a pair of (B, H) or (H); returns the new (h, c). Errors as torch.nn's."""
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: input (B, I) or (I), hx a pair of (B, H) or (H); returns the new (h, c). Errors as torch.nn's.
+
+        Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, a pair of (B or 1, H) or (H), None
+        for zeros.
+        """
         states = (None, None) if hx is None else hx
-        h, c = functional.cell_step(CELLS["lstm"], input, states, _current(self, _CELL_WEIGHTS))
+        h, c = functional.cell_step(CELLS["lstm"], input, states, _current(self, _CELL_WEIGHTS), resets, reset_state)
         return h, c
 
 
 class GRUCell(_Fused, torch.nn.GRUCell):
     """torch.nn.GRUCell, run by fusedrnn."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.GRUCell."""
-        return functional.cell_step(CELLS["gru"], input, (hx,), _current(self, _CELL_WEIGHTS))[0]
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """One step: input (B, I) or (I), hx (B, H) or (H) or None; returns the new h. Errors as torch.nn.GRUCell.
+
+        Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, (B or 1, H) or (H), None for zeros.
+        """
+        fresh = None if reset_state is None else (reset_state,)
+        return functional.cell_step(CELLS["gru"], input, (hx,), _current(self, _CELL_WEIGHTS), resets, fresh)[0]

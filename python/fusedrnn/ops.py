@@ -33,8 +33,11 @@ from .torch_state import (
 )
 
 _LIBRARY: Any = torch.library.Library("fusedrnn", "DEF")  # type: ignore[no-untyped-call]
-# The arguments of a Call; the results are the output, unless `sequence` is false, and the final states.
-_CALL = "str cell, Tensor input, Tensor?[] hx, Tensor?[] weights, Tensor? batch_sizes, bool sequence"
+# The arguments of a Call; the results are those of an engine, without the output if `sequence` is false.
+_CALL = (
+    "str cell, Tensor input, Tensor?[] hx, Tensor?[] weights, Tensor? batch_sizes, bool sequence, Tensor? lengths, "
+    "Tensor? resets, Tensor?[] reset_state, bool every_state"
+)
 _OPERATORS = torch.ops.fusedrnn
 _Tensors = Sequence[Tensor | None]
 
@@ -60,13 +63,17 @@ def layer_backward(
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
-    return call.cell.name, call.input, list(call.hx), list(call.weights), call.batch_sizes, call.sequence
+    of_sequence = call.batch_sizes, call.sequence, call.lengths, call.resets
+    return call.cell.name, call.input, list(call.hx), list(call.weights), *of_sequence, *_of_states(call)
 
 
-def _call(
-    cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, batch_sizes: Tensor | None, sequence: bool
-) -> Call:
-    return Call(CELLS[cell], input, tuple(hx), tuple(weights), batch_sizes, sequence)
+def _of_states(call: Call) -> tuple[Any, ...]:
+    return list(call.reset_state), call.every_state
+
+
+def _call(cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, *of_sequence: Any) -> Call:
+    *rest, reset_state, every_state = of_sequence
+    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *rest, tuple(reset_state), every_state)
 
 
 def _outputs(sequence: bool, results: _Tensors) -> Outputs:
@@ -75,7 +82,7 @@ def _outputs(sequence: bool, results: _Tensors) -> Outputs:
 
 def _count(call: Call) -> int:
     """How many outputs the operator has."""
-    return call.sequence + len(call.cell.states)
+    return call.outputs - (not call.sequence)
 
 
 def _present(outputs: Outputs) -> list[Tensor]:
@@ -119,7 +126,7 @@ def _layer_with_saved(*arguments: Any) -> list[Tensor]:
     choice = choose(call)
     if choice.engine is not engine:
         choice = Choice(engine, forced=False, declined={choice.engine.name: "another was chosen when torch traced it"})
-    outputs, saved = _run(call, choice, save=True)
+    outputs, saved = _run(call, choice, save=bool(engine.saved_shapes(call)))
     return [*outputs, *saved]
 
 
@@ -159,7 +166,9 @@ def _layer_fake(*arguments: Any) -> list[Tensor]:
     call.check(batch)
     output = [call.input.new_empty((*call.input.shape[:-1], call.directions * call.output_size))]
     states = [call.input.new_empty((call.directions, batch, width)) for width in call.widths()]
-    return output * call.sequence + states
+    widths = call.widths()[1:] if call.every_state else ()
+    every = [call.input.new_empty((*call.input.shape[:-1], call.directions * width)) for width in widths]
+    return output * call.sequence + every + states
 
 
 def _layer_with_saved_fake(*arguments: Any) -> list[Tensor]:
@@ -216,34 +225,32 @@ def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
     _refuse_tangents(tensors)
     if not _wants_gradient(tensors):
         return _below_autograd(_OPERATORS.layer_with_saved.default, *arguments)
-    return list(apply_here(_LayerWithSaved, engine, call.without_tensors(), call.batch_sizes, *tensors))
+    return list(apply_here(_LayerWithSaved, engine, call.without_tensors(), *call.along(), *tensors))
 
 
 class _LayerWithSaved(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, engine: str, template: Call, batch_sizes: Tensor | None, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, engine: str, template: Call, *along_and_tensors: Tensor | None) -> tuple[Tensor, ...]:
         operator = _OPERATORS.layer_with_saved.default
-        results = _inside_function(operator, *_arguments(_restored(template, batch_sizes, tensors)), engine)
-        ctx.engine, ctx.template, ctx.count = engine, template, len(tensors)
+        results = _inside_function(operator, *_arguments(_restored(template, along_and_tensors)), engine)
+        ctx.engine, ctx.template, ctx.count = engine, template, len(along_and_tensors)
         saved = results[_count(template) :]
-        ctx.save_for_backward(batch_sizes, *tensors, *saved)
+        ctx.save_for_backward(*along_and_tensors, *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *kept = ctx.saved_tensors
-        call = _restored(ctx.template, batch_sizes, kept[: ctx.count])
-        saved, needs = tuple(kept[ctx.count :]), ctx.needs_input_grad[3:]
+        kept = ctx.saved_tensors
+        call = _restored(ctx.template, kept[: ctx.count])
+        saved, needs = tuple(kept[ctx.count :]), ctx.needs_input_grad[2 + _ALONG :]
         of_outputs = _outputs(call.sequence, grads[: _count(call)])
         if in_forward_mode((*grads, *call.tensors())):
             result = _reference_gradient(call, of_outputs, needs)
         else:
             result = layer_backward(ENGINES[ctx.engine], call, saved, of_outputs, needs)
-        return None, None, None, *result
+        return None, None, *(None,) * _ALONG, *result
 
 
 def _layer_backward_autograd(grads: _Tensors, *arguments: Any) -> list[Tensor]:
@@ -254,7 +261,7 @@ def _layer_backward_autograd(grads: _Tensors, *arguments: Any) -> list[Tensor]:
     if not _wants_gradient(tensors):
         return _below_autograd(_OPERATORS.layer_backward.default, grads, *arguments)
     template = call.without_tensors()
-    return list(apply_here(_LayerBackward, engine, template, saved, needs, call.batch_sizes, *tensors))
+    return list(apply_here(_LayerBackward, engine, template, saved, needs, *call.along(), *tensors))
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -265,45 +272,47 @@ class _LayerBackward(torch.autograd.Function):
         template: Call,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
-        batch_sizes: Tensor | None,
-        *tensors: Tensor | None,
+        *along_and_tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.template, ctx.needs = template, needs
-        ctx.save_for_backward(batch_sizes, *tensors)
+        ctx.save_for_backward(*along_and_tensors)
         ctx.set_materialize_grads(False)
-        grads, call = _LayerBackward._split(template, batch_sizes, tensors)
+        grads, call = _LayerBackward._split(template, along_and_tensors)
         operator = _OPERATORS.layer_backward.default
         return _inside_function(operator, list(grads), *_arguments(call), saved, needs, engine)
 
     @staticmethod
-    def _split(template: Call, batch_sizes: Tensor | None, tensors: _Tensors) -> tuple[_Tensors, Call]:
-        grads = _count(template)
-        return tensors[:grads], _restored(template, batch_sizes, tensors[grads:])
+    def _split(template: Call, along_and_tensors: _Tensors) -> tuple[_Tensors, Call]:
+        along, tensors, grads = along_and_tensors[:_ALONG], along_and_tensors[_ALONG:], _count(template)
+        return tensors[:grads], _restored(template, [*along, *tensors[grads:]])
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
-        asked = [k for k, need in enumerate(ctx.needs_input_grad[5:]) if need]
+        along, tensors = ctx.saved_tensors[:_ALONG], ctx.saved_tensors[_ALONG:]
+        asked = [k for k, need in enumerate(ctx.needs_input_grad[4 + _ALONG :]) if need]
         given = [k for k, s in enumerate(second) if s is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
 
         def first(*variables: Tensor) -> tuple[Tensor, ...]:
-            grads, call = _LayerBackward._split(ctx.template, batch_sizes, _substituted(tensors, asked, variables))
+            substituted = _substituted(tensors, asked, variables)
+            grads, call = _LayerBackward._split(ctx.template, [*along, *substituted])
             found = _reference_gradient(call, _outputs(call.sequence, grads), ctx.needs)
             present = [g for g in found if g is not None]
             return tuple(present[k] for k in given)
 
         pull = torch.func.vjp(first, *(tensors[k] for k in asked))[1]
         values = dict(zip(asked, pull(tuple(second[k] for k in given)), strict=True))
-        return None, None, None, None, None, *(values.get(k) for k in range(len(tensors)))
+        return *(None,) * (4 + _ALONG), *(values.get(k) for k in range(len(tensors)))
 
 
-def _restored(template: Call, batch_sizes: Tensor | None, tensors: _Tensors) -> Call:
+#: How many tensors ``Call.along`` gives.
+_ALONG = 3
+
+
+def _restored(template: Call, along_and_tensors: _Tensors) -> Call:
     """The call again, when autograd has kept all its tensors: those of torch.func's levels must not hide elsewhere."""
-    call = template.with_tensors(tensors)
-    call.batch_sizes = batch_sizes
-    return call
+    return template.with_tensors(along_and_tensors[_ALONG:]).with_along(along_and_tensors[:_ALONG])
 
 
 def _substituted(tensors: _Tensors, places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor | None]:
@@ -345,7 +354,7 @@ def _rows(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 def _as_rows(size: int, dims: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """The arguments of a call for all members at once."""
-    cell, input, hx, weights, batch_sizes, sequence = arguments
+    cell, input, hx, weights, batch_sizes, sequence, lengths, resets, reset_state, every_state = arguments
     return [
         cell,
         _rows(input, dims[1], size),
@@ -353,7 +362,17 @@ def _as_rows(size: int, dims: Sequence[Any], arguments: Sequence[Any]) -> list[A
         weights,
         None if batch_sizes is None else batch_sizes * size,
         sequence,
+        _marks(lengths, dims[6], size),
+        _marks(resets, dims[7], size),
+        [_rows(h, dim, size) for h, dim in zip(reset_state, dims[8], strict=True)],
+        every_state,
     ]
+
+
+def _marks(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """(..., rows) for each of ``size`` members as (..., rows * size)."""
+    rows = _rows(None if tensor is None else tensor.unsqueeze(-1), dim, size)
+    return None if rows is None else rows.squeeze(-1).contiguous()
 
 
 def _members_of_rows(results: Sequence[Tensor], size: int) -> tuple[list[Tensor], list[int]]:
@@ -387,7 +406,7 @@ def _mapped(dims: Sequence[Any]) -> bool:
 
 def _layer_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
     operator = _OPERATORS.layer.default
-    if _mapped(dims[3:5]):  # weights, or lengths
+    if _mapped(dims[3:5]):  # weights, or the lengths of a packed batch
         return _one_by_one(operator, info.batch_size, dims, arguments)
     return _members_of_rows(operator(*_as_rows(info.batch_size, dims, arguments)), info.batch_size)
 
@@ -400,18 +419,16 @@ def _layer_with_saved_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> t
 def _layer_backward_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
     grads, *of_call, saved, needs, engine = arguments
     operator = _OPERATORS.layer_backward.default
-    sums_rows = any(needs[1 + len(of_call[2]) :])
-    if _mapped(dims[4:6]) or sums_rows:
-        if _mapped(dims[1:6]):
+    of_weights = 1 + len(of_call[2])
+    sums_rows = any(needs[of_weights : of_weights + len(of_call[3])])
+    dims_of_call, (_, *dims_of_rest) = dims[1 : 1 + len(of_call)], dims[1 + len(of_call) :]
+    if _mapped(dims_of_call[3:5]) or sums_rows:
+        if _mapped(dims_of_call):
             saved = []
-        return _one_by_one(
-            operator,
-            info.batch_size,
-            [*dims[:7], [None] * len(saved), *dims[8:]],
-            [grads, *of_call, saved, needs, engine],
-        )
+        dims_one_by_one = [dims[0], *dims_of_call, [None] * len(saved), *dims_of_rest]
+        return _one_by_one(operator, info.batch_size, dims_one_by_one, [grads, *of_call, saved, needs, engine])
     rows = [_rows(g, dim, info.batch_size) for g, dim in zip(grads, dims[0], strict=True)]
-    results = operator(rows, *_as_rows(info.batch_size, dims[1:7], of_call), [], needs, engine)
+    results = operator(rows, *_as_rows(info.batch_size, dims_of_call, of_call), [], needs, engine)
     return _members_of_rows(results, info.batch_size)
 
 

@@ -95,6 +95,7 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
         details.append("bidirectional")
     if call.batch_sizes is not None:
         details.append("packed")
+    details += [name for name, given in (("lengths", call.lengths), ("resets", call.resets)) if given is not None]
     reasons = ["asked for by fusedrnn.engine or FUSEDRNN_ENGINE"] if choice.forced else []
     if choice.route is not None:
         reasons.append(choice.route)

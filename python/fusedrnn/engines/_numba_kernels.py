@@ -5,7 +5,7 @@ Only the recurrence is here. All that can be computed for the whole sequence at 
 ``weight_ih`` before the loop and the gradients of the weights after it, the engine leaves to torch.
 
 The rows of all sequences stand one after another, step by step: the tokens of a PackedSequence. A dense (T, B, I)
-input has T * B tokens. ``sizes[t]`` rows are active at step t; as the sequences are sorted by length these are
+input has T * B tokens, a padded one is packed by the engine. ``sizes[t]`` rows are active at step t; as the sequences are sorted by length these are
 always the first ones. Both directions use the same step numbers, the second walks them from the end.
 
 Loops over single elements are written out: compiled they are as fast as slices, and they compile several times
@@ -215,12 +215,21 @@ def add_product(a: Array, w: Array, out: Array) -> None:
                 out[b, j] += a0 * w[k, j]
 
 
+@_part_of_kernel
+def is_reset(sizes: Array, starts: Array, resets: Array, t: int, b: int) -> bool:
+    """Whether row b has a step t and a segment begins with it."""
+    return resets.size > 0 and t < len(sizes) and b < sizes[t] and resets[starts[t] + b]
+
+
 @_kernel
-def one_step_earlier(direction: int, sizes: Array, starts: Array, values: Array, initial: Array) -> Array:
+def one_step_earlier(
+    direction: int, sizes: Array, starts: Array, resets: Array, values: Array, initial: Array, fresh: Array
+) -> Array:
     """For each token what ``values`` (tokens, width) hold one step earlier in the direction's order.
 
     Forward, every row active now was active at the step before. In reverse, where the step before is t + 1, rows
-    join as their sequences' last steps come. A row that was not active comes from ``initial`` (B, width).
+    join as their sequences' last steps come. A row that was not active comes from ``initial`` (B, width), and one that
+    ``resets`` (tokens, or none) cuts off from the step before from ``fresh`` (B, width).
     """
     earlier = np.empty_like(values)
     for t in range(len(sizes)):
@@ -229,9 +238,14 @@ def one_step_earlier(direction: int, sizes: Array, starts: Array, values: Array,
         active, past = 0, 0
         if 0 <= before < len(sizes):
             active, past = min(rows, sizes[before]), starts[before]
+        cut = t + 1 if direction == 1 else t
         for b in range(rows):
+            begins = is_reset(sizes, starts, resets, cut, b)
             for j in range(values.shape[1]):
-                earlier[first + b, j] = values[past + b, j] if b < active else initial[b, j]
+                if begins:
+                    earlier[first + b, j] = fresh[b, j]
+                else:
+                    earlier[first + b, j] = values[past + b, j] if b < active else initial[b, j]
     return earlier
 
 
@@ -245,6 +259,9 @@ def _time_loops(
         direction: int,
         sizes: Array,  # (T), rows of each step
         starts: Array,  # (T), the first token of each step
+        resets: Array,  # (tokens), whether a segment begins with each, or empty
+        fresh_h: Array,  # (B, R), the state with which it begins
+        fresh_c: Array,  # (B, H), or (B, 0)
         x: Array,  # (tokens, G, H)
         w_hh: Array,  # (R, G*H), transposed for add_product
         b_hh: Array,  # (G*H)
@@ -252,6 +269,7 @@ def _time_loops(
         h: Array,  # (B, R), the initial state, to be made the final one
         c: Array,  # (B, H) likewise, or (B, 0)
         output: Array,  # (tokens, D, R), to be filled, or no rows
+        every_c: Array,  # (tokens, D, H), to be filled, or no rows
         kept: Array,  # (tokens, K, H), to be filled; without save one row to write over
         save: bool,
     ) -> None:
@@ -264,7 +282,13 @@ def _time_loops(
         for step in range(T):
             t = T - 1 - step if direction == 1 else step
             rows, first = sizes[t], starts[t]
+            cut = t + 1 if direction == 1 else t
             for b in range(rows):
+                if is_reset(sizes, starts, resets, cut, b):
+                    for r in range(R):
+                        h[b, r] = fresh_h[b, r]
+                    for j in range(c.shape[1]):
+                        c[b, j] = fresh_c[b, j]
                 for k in range(G * H):
                     s[b, k] = b_hh[k]
             add_product(h[:rows], w_hh, s[:rows])
@@ -283,17 +307,25 @@ def _time_loops(
                 for b in range(rows):
                     for r in range(R):
                         output[first + b, direction, r] = h[b, r]
+            if every_c.shape[0] > 0:
+                for b in range(rows):
+                    for j in range(H):
+                        every_c[first + b, direction, j] = c[b, j]
 
     @_kernel
     def backward(
         direction: int,
         sizes: Array,  # (T), rows of each step
         starts: Array,  # (T), the first token of each step
+        resets: Array,  # (tokens) or empty
+        dfresh_h: Array,  # (B, R), to which the gradient of the state of the resets is added
+        dfresh_c: Array,  # (B, H) likewise, or (B, 0)
         kept: Array,  # (tokens, K, H) from forward
         before: Array,  # (tokens, H), the last of kept one step earlier
         w_hh: Array,  # (G*H, R)
         w_hr: Array,  # (R, H) or no rows
         doutput: Array,  # (tokens, D, R) or no rows
+        devery_c: Array,  # (tokens, D, H) or no rows
         dh: Array,  # (B, R), the gradient of the final state, to be made the initial one's
         dc: Array,  # (B, H) likewise, or (B, 0)
         dx: Array,  # (tokens, G, H), to be filled with the gradients of x
@@ -311,6 +343,10 @@ def _time_loops(
                 for b in range(rows):
                     for r in range(R):
                         dh[b, r] += doutput[first + b, direction, r]
+            if devery_c.shape[0] > 0:
+                for b in range(rows):
+                    for j in range(H):
+                        dc[b, j] += devery_c[first + b, direction, j]
             if projected:
                 for b in range(rows):
                     for j in range(H):
@@ -326,6 +362,15 @@ def _time_loops(
                 dx_row, ds_row = dx[token], ds[token]
                 gates_backward(kept_row, before_row, dh_row, dc_row, dx_row, ds_row)
             add_product(ds_of_row[first : first + rows], w_hh, dh[:rows])
+            cut = t + 1 if direction == 1 else t
+            for b in range(rows):
+                if is_reset(sizes, starts, resets, cut, b):
+                    for r in range(R):
+                        dfresh_h[b, r] += dh[b, r]
+                        dh[b, r] = 0.0
+                    for j in range(dc.shape[1]):
+                        dfresh_c[b, j] += dc[b, j]
+                        dc[b, j] = 0.0
 
     return forward, backward
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -30,6 +30,14 @@ class Call:
         weights: ``WEIGHTS_PER_DIRECTION`` entries for each of the D directions.
         batch_sizes: of a PackedSequence: int64 on the CPU, rows active at each step, never rising.
         sequence: whether the output of every step is wanted; without it the output is None.
+        lengths: of a padded batch: int64 (B,), steps of each row, from 0 to T, in any order. On the CPU, or where the
+            input is; there nobody has checked the values, and those outside count as 0 or T. What the input holds
+            behind a row's end is not read; there the output is zero. h_n and c_n are those after the row's last step,
+            in reverse its first.
+        resets: bool (T, B) on the input's device, or packed (tokens,): where a new segment begins. Forward the state
+            before that step is ``reset_state``; in reverse the one between that step and the step before it.
+        reset_state: for each of the cell's states (D, B, width), or None for zeros; empty: all are zeros.
+        every_state: whether the states but h are wanted at every step.
     """
 
     cell: Cell
@@ -38,6 +46,10 @@ class Call:
     weights: tuple[Tensor | None, ...]
     batch_sizes: Tensor | None = None
     sequence: bool = True
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    reset_state: tuple[Tensor | None, ...] = ()
+    every_state: bool = False
 
     @property
     def directions(self) -> int:
@@ -75,18 +87,44 @@ class Call:
         return self.weights[first : first + WEIGHTS_PER_DIRECTION]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything a gradient may be asked for: input, hx, weights."""
-        return (self.input, *self.hx, *self.weights)
+        """Everything a gradient may be asked for: input, hx, weights, reset_state."""
+        return (self.input, *self.hx, *self.weights, *self.reset_state)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call on other tensors, given in the order of :meth:`tensors`."""
         first = 1 + len(self.cell.states)
-        input, hx, weights = tensors[0], tuple(tensors[1:first]), tuple(tensors[first:])
-        return Call(self.cell, input, hx, weights, self.batch_sizes, self.sequence)  # type: ignore[arg-type]
+        last = len(tensors) - len(self.reset_state)
+        return self._but(tensors[0], tuple(tensors[1:first]), tuple(tensors[first:last]), tuple(tensors[last:]))  # type: ignore[arg-type]
 
     def without_tensors(self) -> Call:
         """What remains of the call when autograd keeps the tensors; ``with_tensors`` restores it."""
-        return Call(self.cell, _NOTHING, (), (), self.batch_sizes, self.sequence)
+        return self._but(_NOTHING, (), (), (None,) * len(self.reset_state))
+
+    def _but(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor | None, ...],
+        weights: tuple[Tensor | None, ...],
+        reset_state: tuple[Tensor | None, ...],
+    ) -> Call:
+        """The call with these tensors. Written out, because dataclasses.replace takes several times as long."""
+        of_sequence = self.batch_sizes, self.sequence, self.lengths, self.resets
+        return Call(self.cell, input, hx, weights, *of_sequence, reset_state, self.every_state)
+
+    def along(self) -> tuple[Tensor | None, ...]:
+        """The tensors that say which tokens there are and where segments begin: batch_sizes, lengths, resets."""
+        return self.batch_sizes, self.lengths, self.resets
+
+    def with_along(self, tensors: Sequence[Tensor | None]) -> Call:
+        """The same call with other tensors in the places of :meth:`along`."""
+        batch_sizes, lengths, resets = tensors
+        return replace(self, batch_sizes=batch_sizes, lengths=lengths, resets=resets)
+
+    @property
+    def outputs(self) -> int:
+        """How many results there are, the output that may be None among them."""
+        states = len(self.cell.states)
+        return 1 + states + (states - 1 if self.every_state else 0)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with every floating-point tensor converted."""
@@ -140,10 +178,43 @@ class Call:
                     self._check_tensor(name, weight, shape)
             if (weights[2] is None) != (weights[3] is None):
                 raise RuntimeError("bias_ih and bias_hh must be given together")
+        values = batch is None
         batch = self.batch if batch is None else batch
         for name, state, width in zip(self.cell.states, self.hx, self.widths(), strict=True):
             if state is not None:
                 self._check_tensor(f"{name}_0", state, (self.directions, batch, width))
+        for name, state, width in zip(self.cell.states, self.reset_state, self.widths(), strict=False):
+            if state is not None:
+                self._check_tensor(f"{name} of reset_state", state, (self.directions, batch, width))
+        self._check_lengths(batch, values)
+        if self.resets is not None:
+            shape = tuple(self.input.shape[:-1])
+            if self.resets.dtype != torch.bool or tuple(self.resets.shape) != shape:
+                raise RuntimeError(
+                    f"Expected resets of shape {shape} and dtype torch.bool, got {tuple(self.resets.shape)} and "
+                    f"{self.resets.dtype}"
+                )
+            self._check_device("resets", self.resets)
+
+    def _check_lengths(self, batch: int | torch.SymInt, values: bool) -> None:
+        lengths = self.lengths
+        if lengths is None:
+            return
+        if self.batch_sizes is not None:
+            raise RuntimeError("a packed batch has batch_sizes, not lengths")
+        if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
+            raise RuntimeError(
+                f"Expected lengths of shape ({batch},) and dtype torch.int64, got {tuple(lengths.shape)} and "
+                f"{lengths.dtype}"
+            )
+        if lengths.device.type != "cpu":
+            self._check_device("lengths", lengths)
+        elif values and lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= self.time):
+            raise RuntimeError(f"lengths must be from 0 to the {self.time} steps of the input, got {lengths.tolist()}")
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.input.device:
+            raise RuntimeError(f"input is on {self.input.device}, but {name} on {tensor.device}")
 
     def _check_batch_sizes(self, values: bool) -> None:
         sizes = self.batch_sizes
@@ -171,7 +242,9 @@ class Call:
             )
 
 
-#: ``(output or None, *final states)``: output (T, B, D*R) or (tokens, D*R), states (D, B, width).
+#: ``(output or None, *states of every step, *final states)``: output (T, B, D*R) or (tokens, D*R); if the call has
+#: ``every_state``, for each state but h the values that enter the next step, (T, B, D*H) or (tokens, D*H); final states
+#: (D, B, width).
 Outputs = tuple[Tensor | None, ...]
 #: What an engine keeps for its own backward. Nobody else looks inside.
 Saved = tuple[Tensor, ...]

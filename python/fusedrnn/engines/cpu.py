@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ class CpuEngine:
         assert _cpu is not None
         threads = torch.get_num_threads()
         try:
-            *outputs, saved = _cpu.forward(*_arguments(call), call.sequence, save, threads)
+            *outputs, saved = _cpu.forward(*_arguments(call), call.sequence, call.every_state, save, threads)
         except ValueError as error:
             call.check()
             try:
-                *outputs, saved = _cpu.forward(*_arguments(_contiguous(call)), call.sequence, save, threads)
+                *outputs, saved = _cpu.forward(
+                    *_arguments(_contiguous(call)), call.sequence, call.every_state, save, threads
+                )
             except ValueError:
                 raise RuntimeError(str(error)) from None
         return tuple(outputs), (saved,) if save else ()
@@ -75,12 +78,13 @@ _COMPUTES_IN = {
 
 
 def _arguments(call: Call) -> tuple[object, ...]:
-    return call.cell.name, call.input, call.batch_sizes, call.hx, call.weights
+    return call.cell.name, call.input, *call.along(), call.hx, call.reset_state, call.weights
 
 
 def _contiguous(call: Call) -> Call:
-    """The kernels want weights and states contiguous, and the input's features side by side."""
-    return call.with_tensors([None if t is None else t.contiguous() for t in call.tensors()])
+    """The kernels want weights, states and lengths contiguous, and the input's features side by side."""
+    call = call.with_tensors([None if t is None else t.contiguous() for t in call.tensors()])
+    return call if call.lengths is None else replace(call, lengths=call.lengths.contiguous())
 
 
 def express(

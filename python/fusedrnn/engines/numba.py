@@ -57,36 +57,47 @@ class NumbaEngine:
         kernels = KERNELS[call.cell.name]
         D, G, H, R = call.directions, len(call.cell.gates), call.hidden_size, call.output_size
         with _plain_torch():
-            x, (sizes, starts) = _tokens(call.input), _steps(call)
-            tokens = len(x)
+            steps = _Steps(call)
+            x, along = steps.pack(call.input), steps.arrays
+            tokens, has_c = len(x), len(call.hx) > 1
             nothing = x.new_empty((0, 0))
-            output = x.new_empty((*call.input.shape[:-1], D * R)) if call.sequence else None
+            output = x.new_empty((tokens, D, R)) if call.sequence else x.new_empty((0, D, R))
+            every_c = x.new_empty((tokens if call.every_state and has_c else 0, D, H))
             kept = x.new_empty((D, tokens if save else 1, kernels.keeps, H))
-            states = _states(call, call.hx)  # initial; the loops make them the final ones
+            states = steps.states(call.hx)  # initial; the loops make them the final ones
             h, c = _h_and_c(states)
+            fresh_h, fresh_c = _h_and_c(steps.states(call.reset_state))
             for d in range(D):
                 w_ih, w_hh, b_ih, b_hh, w_hr = call.of_direction(d)
                 assert w_ih is not None
                 assert w_hh is not None
                 kernels.forward(
                     d,
-                    sizes,
-                    starts,
+                    *along,
+                    fresh_h[d],
+                    fresh_c[d],
                     _array(linear(x, w_ih, b_ih).view(tokens, G, H)),
                     _array(w_hh.t()),
                     _array(x.new_zeros(G * H) if b_hh is None else b_hh),
                     _array(nothing if w_hr is None else w_hr.t()),
                     h[d],
                     c[d],
-                    _array(x.new_empty((0, D, R)) if output is None else output.view(tokens, D, R)),
+                    _array(output),
+                    _array(every_c),
                     _array(kept[d]),
                     save,
                 )
-        return (output, *states), (kept,) if save else ()
+            results = [steps.unpack(output.flatten(1)) if call.sequence else None]
+            if call.every_state and has_c:
+                results.append(steps.unpack(every_c.flatten(1)))
+            results += map(steps.unsort, states)
+        return tuple(results), (kept,) if save else ()
 
     def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
         from ._numba_kernels import KERNELS
 
+        if call.lengths is not None:  # as many tokens as the lengths say, which have no values
+            return ()
         return ((call.directions, call.tokens, KERNELS[call.cell.name].keeps, call.hidden_size),)
 
     def backward(
@@ -98,33 +109,40 @@ class NumbaEngine:
         D, G, H, R = call.directions, len(call.cell.gates), call.hidden_size, call.output_size
         results: list[Tensor | None] = [None] * len(needs)
         with _plain_torch():
-            x, (sizes, starts) = _tokens(call.input), _steps(call)
+            steps = _Steps(call)
+            x, along = steps.pack(call.input), steps.arrays
             tokens = len(x)
             nothing = x.new_empty((0, 0))
-            doutput = x.new_empty((0, D, R)) if grads[0] is None else grads[0].reshape(tokens, D, R)
-            initial = _states(call, call.hx)
-            dstates = _states(call, grads[1:])  # of the final states; the loops make them those of the initial ones
+            doutput, *devery, dfinal = [*grads[: -len(call.hx)], grads[-len(call.hx) :]]
+            doutput = x.new_empty((0, D, R)) if doutput is None else steps.pack(doutput).reshape(tokens, D, R)
+            given_c = devery[0] if devery else None
+            devery_c = x.new_empty((0, D, H)) if given_c is None else steps.pack(given_c).reshape(tokens, D, H)
+            initial, fresh = steps.states(call.hx), steps.states(call.reset_state)
+            dstates = steps.states(dfinal)  # of the final states; the loops make them those of the initial ones
             dh, dc = _h_and_c(dstates)
-            if needs[0]:
-                results[0] = dinput = x.new_zeros(call.input.shape)
+            dfresh = steps.states(())
+            dfresh_h, dfresh_c = _h_and_c(dfresh)
+            dinput = x.new_zeros(x.shape)
             for d in range(D):
                 w_ih, w_hh, _, _, w_hr = call.of_direction(d)
                 assert w_ih is not None
                 assert w_hh is not None
                 kept = saved[0][d]
-                before = one_step_earlier(d, sizes, starts, _array(kept[:, -1]), _array(initial[-1][d]))
+                before = one_step_earlier(d, *along, _array(kept[:, -1]), _array(initial[-1][d]), _array(fresh[-1][d]))
                 ds = x.new_empty((tokens, G * H))
                 dx = ds if kernels.sums_gates else torch.empty_like(ds)
                 dh_projected = x.new_empty((0 if w_hr is None else tokens, R))
                 kernels.backward(
                     d,
-                    sizes,
-                    starts,
+                    *along,
+                    dfresh_h[d],
+                    dfresh_c[d],
                     _array(kept),
                     before,
                     _array(w_hh),
                     _array(nothing if w_hr is None else w_hr),
                     _array(doutput),
+                    _array(devery_c),
                     dh[d],
                     dc[d],
                     _array(dx.view(tokens, G, H)),
@@ -134,7 +152,7 @@ class NumbaEngine:
 
                 # What sums over tokens, or does not depend on other tokens, is left to large products.
                 if needs[0]:
-                    _tokens(dinput).addmm_(dx, w_ih)
+                    dinput.addmm_(dx, w_ih)
                 first = len(call.hx) + 1 + d * WEIGHTS_PER_DIRECTION
                 need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs[first : first + WEIGHTS_PER_DIRECTION]
                 if need_w_ih:
@@ -143,7 +161,7 @@ class NumbaEngine:
                     hidden = kernels.hidden(kept)
                 if need_w_hh:
                     h = hidden if w_hr is None else hidden @ w_hr.t()
-                    h_before = one_step_earlier(d, sizes, starts, _array(h), _array(initial[0][d]))
+                    h_before = one_step_earlier(d, *along, _array(h), _array(initial[0][d]), _array(fresh[0][d]))
                     results[first + 1] = ds.t() @ torch.from_numpy(h_before)
                 if need_b_ih:
                     results[first + 2] = dx.sum(0)
@@ -151,9 +169,13 @@ class NumbaEngine:
                     results[first + 3] = ds.sum(0)
                 if need_w_hr:
                     results[first + 4] = dh_projected.t() @ hidden
-            for k, dstate in enumerate(dstates, 1):
-                if needs[k]:
-                    results[k] = dstate
+            if needs[0]:
+                results[0] = steps.unpack(dinput)
+            of_reset = len(needs) - len(call.reset_state)
+            for first, values in ((1, dstates), (of_reset, dfresh[: len(call.reset_state)])):
+                for k, dstate in enumerate(values, first):
+                    if needs[k]:
+                        results[k] = steps.unsort(dstate)
         return results
 
 
@@ -179,25 +201,60 @@ def _plain_torch() -> Iterator[None]:
         yield
 
 
-def _tokens(input: Tensor) -> Tensor:
-    """(tokens, I), whether the input is packed or dense."""
-    return input if input.dim() == 2 else input.flatten(0, 1)
+class _Steps:
+    """The tokens of a call one after another, step by step, and the way there and back.
 
+    Attributes:
+        arrays: for each step the number of active rows, in a dense batch always all of them, and the first row's token;
+            for each token whether a segment begins with it, empty without resets.
+    """
 
-def _steps(call: Call) -> tuple[NDArray[Any], NDArray[Any]]:
-    """For each step the number of active rows, in a dense batch always all of them, and the first row's token."""
-    given = call.batch_sizes
-    sizes = np.full(call.time, call.batch, dtype=np.int64) if given is None else _array(given)
-    return sizes, np.cumsum(sizes) - sizes
+    def __init__(self, call: Call) -> None:
+        self._call, self._order, self._there = call, None, None
+        T, B = call.time, call.batch
+        if call.lengths is not None:
+            lengths, self._order = call.lengths.sort(descending=True, stable=True)
+            self._there = torch.arange(T)[:, None] < lengths
+            sizes = _array(self._there.sum(1))
+        elif call.batch_sizes is not None:
+            sizes = _array(call.batch_sizes)
+        else:
+            sizes = np.full(T, B, dtype=np.int64)
+        resets = torch.empty(0, dtype=torch.bool) if call.resets is None else self.pack(call.resets[..., None])[:, 0]
+        self.arrays = sizes, np.cumsum(sizes) - sizes, _array(resets)
 
+    def pack(self, rows: Tensor) -> Tensor:
+        """(tokens, features) of what is laid out as the input."""
+        if self._there is not None:
+            return rows[:, self._order][self._there]
+        return rows if self._call.batch_sizes is not None else rows.flatten(0, 1)
 
-def _states(call: Call, values: Sequence[Tensor | None]) -> list[Tensor]:
-    """For each state of the cell new memory (D, B, width) with the value in it, zeros for None."""
-    states = [call.input.new_zeros((call.directions, call.batch, width)) for width in call.widths()]
-    for state, value in zip(states, values, strict=True):
-        if value is not None:
-            state.copy_(value)
-    return states
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Laid out as the input, zero behind the rows' ends."""
+        shape = (*self._call.input.shape[:-1], rows.shape[1])
+        if self._there is None:
+            return rows.view(shape)
+        padded, result = rows.new_zeros(shape), rows.new_empty(shape)
+        padded[self._there] = rows
+        result[:, self._order] = padded
+        return result
+
+    def states(self, values: Sequence[Tensor | None]) -> list[Tensor]:
+        """For each state of the cell new memory (D, B, width), sorted, with the value in it, zeros for None or none."""
+        call = self._call
+        states = [call.input.new_zeros((call.directions, call.batch, width)) for width in call.widths()]
+        for state, value in zip(states, values, strict=False):
+            if value is not None:
+                state.copy_(value if self._order is None else value[:, self._order])
+        return states
+
+    def unsort(self, state: Tensor) -> Tensor:
+        """A state (D, B, width) with its rows in the call's order."""
+        if self._order is None:
+            return state
+        result = torch.empty_like(state)
+        result[:, self._order] = state
+        return result
 
 
 def _h_and_c(states: list[Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -33,9 +33,9 @@ class ReferenceEngine:
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         call.check()
         runs = [_one_direction(call, direction) for direction in range(call.directions)]
-        output = torch.cat([out for out, _ in runs], -1) if call.sequence else None
+        output, *every = (torch.cat(values, -1) for values in zip(*(steps for steps, _ in runs), strict=True))
         states = (torch.stack(values) for values in zip(*(final for _, final in runs), strict=True))
-        return (output, *states), ()
+        return (output if call.sequence else None, *every, *states), ()
 
     def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
         return ()
@@ -46,28 +46,57 @@ class ReferenceEngine:
         raise NotImplementedError("autograd differentiates the reference engine itself")
 
 
-def _one_direction(call: Call, direction: int) -> tuple[Tensor, list[Tensor]]:
-    """Output (T, B, R) or (tokens, R), and final states (B, width), of one direction."""
+def _one_direction(call: Call, direction: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What one direction has at every step (T, B, width) or (tokens, width): output, with ``every_state`` the other
+    states; and the final states (B, width)."""
     w_ih, w_hh, b_ih, b_hh, w_hr = call.of_direction(direction)
     assert w_ih is not None
     assert w_hh is not None
     gates = len(call.cell.gates)
     dense = call.batch_sizes is None
     sizes = [call.batch] * call.time if call.batch_sizes is None else [int(size) for size in call.batch_sizes]
-    products = list(
-        linear(call.input, w_ih, b_ih).unbind(0) if dense else torch.split(linear(call.input, w_ih, b_ih), sizes)
-    )
-    states = [
-        call.input.new_zeros(call.batch, width) if state is None else state[direction]
-        for state, width in zip(call.hx, call.widths(), strict=True)
-    ]
-    outputs: list[Tensor] = [call.input] * len(sizes)
-    for t in range(len(sizes)) if direction == 0 else reversed(range(len(sizes))):
+    T, widths = len(sizes), call.widths()
+    x, lengths = call.input, None
+    if call.lengths is not None:
+        lengths = call.lengths.to(x.device)
+        there = torch.arange(T, device=x.device)[:, None, None] < lengths[:, None]
+        x = torch.where(there, x, torch.zeros_like(x))  # a NaN behind a row's end would reach the weights' gradients
+    products = list(linear(x, w_ih, b_ih).unbind(0) if dense else torch.split(linear(x, w_ih, b_ih), sizes))
+
+    def of_direction(values: Sequence[Tensor | None]) -> list[Tensor]:
+        return [
+            call.input.new_zeros(call.batch, width) if value is None else value[direction]
+            for value, width in zip(values, widths, strict=True)
+        ]
+
+    states, fresh = of_direction(call.hx), of_direction(call.reset_state or (None,) * len(widths))
+    resets = None if call.resets is None else (call.resets.unbind(0) if dense else torch.split(call.resets, sizes))
+    wanted = len(widths) if call.every_state else 1
+    steps: list[list[Tensor]] = [[call.input] * T for _ in range(wanted)]
+    for t in range(T) if direction == 0 else reversed(range(T)):
+        # Segments are cut before a step that is reset; in reverse that is where the step after it hands over to this.
+        cut = t if direction == 0 else t + 1
+        if resets is not None and cut < T:
+            begins = resets[cut][:, None]
+            if lengths is not None:
+                begins = begins & (lengths > cut)[:, None]
+            n = sizes[cut]
+            states = [
+                torch.cat([torch.where(begins, new[:n], old[:n]), old[n:]])
+                for new, old in zip(fresh, states, strict=True)
+            ]
         rows = [state[: sizes[t]] for state in states]
         new = list(call.cell.step(products[t].chunk(gates, -1), linear(rows[0], w_hh, b_hh).chunk(gates, -1), rows))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
-        outputs[t] = new[0]
-        # Rows of a packed batch whose sequence has ended (or not yet begun, in reverse) keep their state.
-        states = [torch.cat([a, b[sizes[t] :]]) if sizes[t] < len(b) else a for a, b in zip(new, states, strict=True)]
-    return torch.stack(outputs) if dense else torch.cat(outputs), states
+        active = None if lengths is None else (lengths > t)[:, None]
+        for of_state, value in zip(steps, new, strict=False):
+            of_state[t] = value if active is None else torch.where(active, value, torch.zeros_like(value))
+        # Rows whose sequence has ended (or not yet begun, in reverse) keep their state.
+        if active is not None:
+            states = [torch.where(active, a, b) for a, b in zip(new, states, strict=True)]
+        else:
+            states = [
+                torch.cat([a, b[sizes[t] :]]) if sizes[t] < len(b) else a for a, b in zip(new, states, strict=True)
+            ]
+    return [torch.stack(values) if dense else torch.cat(values) for values in steps], states
