@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--peers", type=_some_of(tuple(PEERS)), help=f"of {', '.join(PEERS)} (default: the installed)")
     command.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; a small part of the budget")
-    command.add_argument("--budget", type=float, help="seconds of timing per cell (default: 1; 0.2 with --quick)")
+    command.add_argument("--budget", type=float, help="seconds of timing per cell (default: 0.6; 0.2 with --quick)")
     command.add_argument("--out", type=Path, help="results (default: bench/results/cpu-<processor>.json)")
     command.add_argument(
         "--render", type=Path, metavar="RESULTS", help="measure nothing: make the README's table and plot"
@@ -175,7 +175,7 @@ def _bench(options: argparse.Namespace) -> int:
         threads=options.threads or sorted({1, torch.get_num_threads()}),
         shapes=options.shapes or list(QUICK if options.quick else SHAPES),
         dtype=options.dtype,
-        budget=options.budget if options.budget is not None else 0.2 if options.quick else 1.0,
+        budget=options.budget if options.budget is not None else 0.2 if options.quick else 0.6,
         peers=_contestants(options.peers),
     )
     return 0 if run(_console(), wanted, options.out) else 1

@@ -100,12 +100,15 @@ def first_call(driver: Driver, cell: str, mode: str) -> Finding:
 def _busy(core: int) -> Iterator[None]:
     """A process that never rests, on one core."""
     with affinity([core]):
-        process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        program = "print(flush=True)\nwhile True: pass"
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it runs
         yield
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def contention(driver: Driver, cell: str, mode: str, threads: int) -> Finding:

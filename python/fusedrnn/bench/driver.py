@@ -125,7 +125,13 @@ class Handle:
 
     @property
     def alive(self) -> bool:
+        """Whether the process is there, as far as is known."""
         return self._process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the process."""
@@ -249,14 +255,12 @@ class Driver:
         """
         outcome = Outcome()
         handles = {label: self.handle(entry.contestant, threads) for label, entry in entries.items()}
-        try:
-            # One process may have several entries, so they load one after another in it, but different ones at once.
-            self._each(handles, outcome, lambda label: ("load", label, entries[label].task))
-            results = self._each(handles, outcome, lambda label: ("results", label))
-            agreeing = self._agreeing(results, tolerance, reference, outcome)
-            self._take_turns({label: handles[label] for label in agreeing}, budget, outcome)
-        finally:
-            for handle in set(handles.values()):
+        self._each(handles, outcome, lambda label: ("load", label, entries[label].task))
+        results = self._each(handles, outcome, lambda label: ("results", label))
+        agreeing = self._agreeing(results, tolerance, reference, outcome)
+        self._take_turns({label: handles[label] for label in agreeing}, budget, outcome)
+        for handle in set(handles.values()):
+            with suppress(WorkerError):  # if it crashes now, the next race begins with a new one
                 if handle.alive:
                     handle.ask("drop")
         return outcome
@@ -265,7 +269,7 @@ class Driver:
     def _each(
         handles: Mapping[str, Handle], outcome: Outcome, question: Callable[[str], tuple[Any, ...]]
     ) -> dict[str, Any]:
-        """Ask all that have not failed yet, different processes at once; returns their answers."""
+        """Ask all that have not failed yet, different processes at once, one process's labels one after another."""
         answers: dict[str, Any] = {}
         waiting = [label for label in handles if label not in outcome.errors]
         while waiting:
@@ -296,8 +300,8 @@ class Driver:
         calls: dict[str, float] = {}
         for label, handle in handles.items():
             try:
-                handle.ask("time", label, 1, 1, False)
-                calls[label] = handle.ask("time", label, 1, 1, False).mean
+                call = handle.ask("time", label, 1, 1, False).mean
+                calls[label] = call if call > _LONG else handle.ask("time", label, 1, 1, True).mean
             except WorkerError as error:
                 outcome.note(label, error)
         if not calls:

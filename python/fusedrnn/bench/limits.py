@@ -108,6 +108,11 @@ class Rates:
         """
         return max(rate for size, rate in self.read.items() if size >= min(share, max(self.read)))
 
+    def best_of(self, other: Rates) -> Rates:
+        """The higher of each of two measurements: other work on the machine can only lower one."""
+        flops = {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()}
+        return Rates(self.threads, flops, {size: max(rate, other.read[size]) for size, rate in self.read.items()})
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, where keys are strings."""
         return {"flops": self.flops, "read": {str(size): rate for size, rate in self.read.items()}}

@@ -10,6 +10,9 @@ from .driver import Driver, Outcome, WorkerError
 from .grid import ODD, SHAPES, Shape
 from .results import Finding, engines_of
 
+#: Where ``peak`` is measured: it takes a fresh process for each contestant.
+PEAK_SHAPES = ("100x32x128x128", "100x32x512x512")
+
 
 def saved_bytes(module: torch.nn.Module, input: object) -> int:
     """Bytes that autograd saves in one forward call, each storage counted once, the module's weights left out.

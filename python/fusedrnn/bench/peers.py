@@ -195,7 +195,7 @@ def _jax(task: Task, threads: int) -> Job:
     def ours(tensor: Tensor) -> Any:
         return jnp.asarray(_array(tensor.T.contiguous() if tensor.dim() == 2 else tensor), dtype)
 
-    def theirs(array: Any) -> Tensor:
+    def theirs(array: Any) -> Tensor:  # NumPy has no bfloat16
         tensor = torch.from_numpy(jax.device_get(array.astype(jnp.promote_types(dtype, jnp.float32))).copy())
         return (tensor.T if tensor.dim() == 2 else tensor).to(task.data.dtype)
 
@@ -245,15 +245,11 @@ def _jax(task: Task, threads: int) -> Job:
         arguments = (x, layers, jnp.asarray(_array(task.grad_output), dtype))
     compiled = jax.jit(train if task.training else forward).lower(*arguments).compile()
 
-    def untransposed(array: Any) -> Tensor:
-        tensor = torch.from_numpy(jax.device_get(array.astype(jnp.promote_types(dtype, jnp.float32))).copy())
-        return tensor.to(task.data.dtype)
-
     def tensors(result: Any) -> list[Tensor]:
         if not task.training:
-            return [untransposed(result)]
+            return [theirs(result)]
         y, dx, d_layers = result
-        return [untransposed(y), untransposed(dx), *(theirs(w) for layer in d_layers for d in layer for w in d)]
+        return [theirs(y), theirs(dx), *(theirs(w) for layer in d_layers for d in layer for w in d)]
 
     return Job(lambda: jax.block_until_ready(compiled(*arguments)), tensors)
 

@@ -82,7 +82,7 @@ def heat_map(results: Results, path: Path, groups: list[Group] | None = None, ag
     figure.supxlabel(_caption(results), fontsize=8)
     note = f"\n{mark('torch')} stock torch ran" if any(is_stock(m.engine) for m in results.grid) else ""
     who = TORCH if against == TORCH else f"the {BEST_PEER}"
-    figure.suptitle(f"{who}'s time / fusedrnn's: above 1 (blue) fusedrnn is faster{note}", fontsize=11)
+    figure.suptitle(f"{who}'s time / fusedrnn's\nabove 1 (blue) fusedrnn is faster{note}", fontsize=11)
     ticks = [-2, -1, 0, 1, 2, 3, 4]
     bar = figure.colorbar(image, ax=axes, ticks=ticks, fraction=0.04)
     bar.ax.set_yticklabels([f"{2.0**tick:g}" for tick in ticks])
