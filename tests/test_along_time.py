@@ -172,3 +172,239 @@ def test_engines(case):
     for key, g in d_want.items():
         got = leaves[key].grad
         assert_near(f"gradient of {key}", np.zeros_like(g) if got is None else to_numpy(got), g, allowed[key])
+
+
+LENGTHS = torch.tensor([3, 7, 1, 5, 2])
+
+
+def lstm(**options: Any) -> torch.nn.Module:
+    return fusedrnn.LSTM(4, 6, 2, bidirectional=True, dtype=torch.float64, **options)
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture
+def along_engine(engine):
+    if engine == "torch":
+        pytest.skip("stock torch has nothing of this")
+    return engine
+
+
+def test_lengths_equal_a_packed_sequence(along_engine):
+    module, x = lstm(), values(7, 5, 4)
+    output, final = module(x, lengths=LENGTHS.to(torch.int32))
+    packed, final_packed = module(pack_padded_sequence(x, LENGTHS, enforce_sorted=False))
+    torch.testing.assert_close(output, pad_packed_sequence(packed)[0])
+    torch.testing.assert_close(final, final_packed)
+
+
+def test_states_of_a_packed_sequence(along_engine):
+    module, x = lstm(), values(7, 5, 4)
+    _, _, states = module(x, lengths=LENGTHS, return_states=True)
+    packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+    _, _, states_packed = module(packed, return_states=True)
+    for got, want in zip((*states_packed.h, *states_packed.c), (*states.h, *states.c), strict=True):
+        torch.testing.assert_close(pad_packed_sequence(got)[0], want)
+
+
+def test_jagged(along_engine):
+    module, x = lstm(batch_first=True), values(5, 7, 4)
+    rows = [x[b, :length].clone().requires_grad_() for b, length in enumerate(LENGTHS)]
+    resets = torch.rand(5, 7) < 0.3
+    jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    of_rows = torch.nested.nested_tensor_from_jagged(
+        torch.cat([resets[b, :length] for b, length in enumerate(LENGTHS)]), jagged.offsets()
+    )
+    output, final = module(jagged, resets=of_rows)
+    want, want_final = module(x, lengths=LENGTHS, resets=resets)
+    assert output.is_nested
+    for got, padded, length in zip(output.unbind(), want, LENGTHS, strict=True):
+        torch.testing.assert_close(got, padded[:length])
+    torch.testing.assert_close(final, want_final)
+    (grad,) = torch.autograd.grad(output.values().sum(), rows[0])
+    assert grad.abs().sum() > 0
+
+
+def test_unbatched(along_engine):
+    module, x, resets = lstm(), values(7, 4), torch.rand(7) < 0.4
+    fresh = values(4, 6), values(4, 6)
+    options = {"lengths": torch.tensor(5), "resets": resets, "reset_state": fresh, "return_states": True}
+    output, (h_n, c_n), states = module(x, **options)
+    want, (want_h, want_c), want_states = module(
+        x[:, None],
+        lengths=torch.tensor([5]),
+        resets=resets[:, None],
+        reset_state=tuple(s[:, None] for s in fresh),
+        return_states=True,
+    )
+    torch.testing.assert_close((output, h_n, c_n), (want[:, 0], want_h[:, 0], want_c[:, 0]))
+    torch.testing.assert_close(states.c[0], want_states.c[0][:, 0])
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("given", ON_OFF)
+@pytest.mark.parametrize("batched", ON_OFF)
+def test_cells(along_engine, kind, given, batched):
+    """A reset of a cell, which has no step 0, replaces the state that it is given."""
+    cell = getattr(fusedrnn, kind)(4, 6, dtype=torch.float64)
+    resets = torch.tensor([True, False, True, False, False]) if batched else torch.tensor(True)
+    shape = (5,) if batched else ()
+    x, states = values(*shape, 4), [values(*shape, 6) for _ in range(2 if kind == "LSTMCell" else 1)]
+    fresh = [values(*(1,) * len(shape), 6) for _ in states]
+    pack = (lambda s: tuple(s)) if kind == "LSTMCell" else (lambda s: s[0])
+    got = cell(x, pack(states), resets=resets, reset_state=pack(fresh) if given else None)
+    zeros = [torch.zeros_like(f) for f in fresh]
+    replaced = [torch.where(resets[..., None], f, s) for s, f in zip(states, fresh if given else zeros, strict=True)]
+    torch.testing.assert_close(got, cell(x, pack(replaced)))
+
+
+def test_state_at_step_zero(along_engine):
+    """An hx that is given begins the first segment, whatever the resets; without one it is the reset state."""
+    module, x = fusedrnn.GRU(4, 6, dtype=torch.float64), values(3, 2, 4)
+    hx, fresh, resets = values(1, 2, 6), values(1, 1, 6), torch.tensor([[True, False]] * 3)
+    plain = module(x[:1], hx)[0]
+    torch.testing.assert_close(module(x, hx, resets=resets, reset_state=fresh)[0][:1], plain)
+    output = module(x, resets=resets, reset_state=fresh)[0]
+    torch.testing.assert_close(output[0, 0], module(x[:1, :1], fresh)[0][0, 0])
+    torch.testing.assert_close(output[0, 1], module(x[:1, 1:])[0][0, 0])
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_learned_initial_state(along_engine, kind):
+    """It stands for zeros where no state is given, and begins segments; as a parameter it lives with the module."""
+    torch.manual_seed(1)
+    module = getattr(fusedrnn, kind)(4, 6, 2, dtype=torch.float64, learn_initial_state=True)
+    torch.manual_seed(1)
+    stock = getattr(fusedrnn, kind)(4, 6, 2, dtype=torch.float64)
+    names = ["initial_h", "initial_c"] if kind == "LSTM" else ["initial_h"]
+    assert set(module.state_dict()) - set(stock.state_dict()) == set(names)
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in stock.state_dict().items())
+    assert "learn_initial_state=True" in repr(module)
+    x, resets = values(5, 3, 4), torch.rand(5, 3) < 0.3
+    torch.testing.assert_close(module(x), stock(x))
+    learned = [torch.nn.init.normal_(getattr(module, name)) for name in names]
+    hx = tuple(state.detach().expand(-1, 3, -1) for state in learned)
+    hx = hx if kind == "LSTM" else hx[0]
+    torch.testing.assert_close(module(x), stock(x, hx))
+    torch.testing.assert_close(module(x, resets=resets), stock(x, hx, resets=resets, reset_state=hx))
+    torch.testing.assert_close(module(x[:, 0])[0], module(x)[0][:, 0])
+    module(x, resets=resets)[0].sum().backward()
+    assert all(state.grad is not None and state.grad.abs().sum() > 0 for state in learned)
+    module.reset_parameters()
+    assert all(not state.any() for state in learned)
+    assert type(fusedrnn.revert(module)) is getattr(fusedrnn, kind)  # torch.nn's have no such state
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lengths": [1, 2]}, TypeError, "lengths must be a Tensor, not list"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, RuntimeError, "lengths must be integers, got torch.float32"),
+        ({"lengths": torch.tensor([1, 2, 3])}, RuntimeError, r"Expected lengths of shape \(2,\)"),
+        ({"lengths": torch.tensor([1, 6])}, RuntimeError, "from 0 to the 5 steps of the input, got 6"),
+        ({"lengths": torch.tensor([-1, 5])}, RuntimeError, "from 0 to the 5 steps of the input, got -1"),
+        ({"resets": [[True]]}, TypeError, "resets must be a Tensor"),
+        ({"resets": torch.zeros(5, 2)}, RuntimeError, "resets must be of dtype torch.bool, got torch.float32"),
+        ({"resets": torch.zeros(2, 5, dtype=torch.bool)}, RuntimeError, r"Expected resets of shape \(5, 2\)"),
+        ({"resets": torch.zeros(5, 2, dtype=torch.bool, device="meta")}, RuntimeError, "resets on meta"),
+    ],
+)
+def test_errors(options, error, message):
+    for kind in ("RNN", "LSTM", "GRU"):
+        with pytest.raises(error, match=message):
+            getattr(fusedrnn, kind)(4, 6)(torch.randn(5, 2, 4), **options)
+
+
+def test_reset_state_of_a_wrong_shape():
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="Expected h of reset_state of shape"):
+        fusedrnn.GRU(4, 6)(torch.randn(5, 2, 4), resets=resets, reset_state=torch.randn(1, 2, 5))
+    with pytest.raises(TypeError, match="reset_state must be like hx"):
+        fusedrnn.LSTM(4, 6)(torch.randn(5, 2, 4), resets=resets, reset_state=torch.randn(1, 2, 6))
+
+
+def test_packed_and_jagged_have_lengths_already():
+    x = torch.randn(5, 2, 4)
+    packed = pack_padded_sequence(x, torch.tensor([5, 3]))
+    with pytest.raises(RuntimeError, match="a PackedSequence takes neither lengths nor resets"):
+        fusedrnn.GRU(4, 6)(packed, lengths=torch.tensor([5, 3]))
+    jagged = torch.nested.nested_tensor([x[:, 0], x[:3, 1]], layout=torch.jagged)
+    with pytest.raises(RuntimeError, match="a jagged input has lengths of its own"):
+        fusedrnn.GRU(4, 6)(jagged, lengths=torch.tensor([5, 3]))
+
+
+def test_stock_torch_refuses():
+    with fusedrnn.engine("torch"), pytest.raises(RuntimeError, match="stock torch has no lengths"):
+        fusedrnn.GRU(4, 6)(torch.randn(5, 2, 4), lengths=torch.tensor([5, 3]))
+
+
+def test_resets_changed_before_backward_are_noticed():
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    output = fusedrnn.GRU(4, 6)(torch.randn(5, 2, 4), resets=resets)[0]
+    resets[2] = True
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.fixture
+def problem():
+    """A call with everything, as a function of tensors, and these."""
+    module = fusedrnn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
+
+    def call(x, h, c, lengths, resets):
+        fresh = h[:, :1], c[:, :1]
+        output, final, states = module(
+            x, (h, c), lengths=lengths, resets=resets, reset_state=fresh, return_states=True
+        )
+        return output, *final, states.c[0]
+
+    tensors = [values(4, 3, 3), values(4, 3, 4), values(4, 3, 4)]
+    return call, [t.requires_grad_() for t in tensors], torch.tensor([4, 0, 3]), torch.rand(4, 3) < 0.4
+
+
+def test_second_derivatives(problem):
+    call, leaves, lengths, resets = problem
+    leaves = [leaf[:2].detach().requires_grad_() for leaf in leaves[:1]] + leaves[1:]
+    torch.autograd.gradgradcheck(lambda *tensors: call(*tensors, lengths.clamp(max=2), resets[:2]), leaves, fast_mode=True)
+
+
+def test_compile(problem):
+    call, leaves, *along = problem
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    want, got = call(*leaves, *along), compiled(*leaves, *along)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(sum(t.square().sum() for t in result), leaves) for result in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_vmap(problem):
+    call, leaves, lengths, resets = problem
+    many = [torch.stack([t.detach(), 2 * t.detach()]) for t in leaves]
+    many += [torch.stack([lengths, lengths.flip(0)]), torch.stack([resets, ~resets])]
+
+    def loss(*tensors):
+        return sum(t.square().sum() for t in call(*tensors))
+
+    gradient = torch.func.grad(loss, argnums=(0, 1, 2))
+    for function in (call, gradient):
+        mapped = torch.vmap(function)(*many)
+        for k in range(2):
+            torch.testing.assert_close(tuple(t[k] for t in mapped), function(*(t[k] for t in many)))
+
+
+def test_export(problem):
+    call, leaves, *along = problem
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = fusedrnn.GRU(3, 4, dtype=torch.float64)
+
+        def forward(self, x, lengths, resets):
+            return self.rnn(x, lengths=lengths, resets=resets)[0]
+
+    module, x = Module(), leaves[0].detach()
+    exported = torch.export.export(module, (x, *along)).module()
+    torch.testing.assert_close(exported(x, *along), module(x, *along))

@@ -61,8 +61,8 @@ class NumbaEngine:
             x, along = steps.pack(call.input), steps.arrays
             tokens, has_c = len(x), len(call.hx) > 1
             nothing = x.new_empty((0, 0))
-            output = x.new_empty((tokens, D, R)) if call.sequence else x.new_empty((0, D, R))
-            every_c = x.new_empty((tokens if call.every_state and has_c else 0, D, H))
+            output = steps.new(D * R) if call.sequence else None
+            every_c = steps.new(D * H) if call.every_state and has_c else None
             kept = x.new_empty((D, tokens if save else 1, kernels.keeps, H))
             states = steps.states(call.hx)  # initial; the loops make them the final ones
             h, c = _h_and_c(states)
@@ -82,14 +82,14 @@ class NumbaEngine:
                     _array(nothing if w_hr is None else w_hr.t()),
                     h[d],
                     c[d],
-                    _array(output),
-                    _array(every_c),
+                    _array(x.new_empty((0, D, R)) if output is None else output.view(tokens, D, R)),
+                    _array(x.new_empty((0, D, H)) if every_c is None else every_c.view(tokens, D, H)),
                     _array(kept[d]),
                     save,
                 )
-            results = [steps.unpack(output.flatten(1)) if call.sequence else None]
-            if call.every_state and has_c:
-                results.append(steps.unpack(every_c.flatten(1)))
+            results = [None if output is None else steps.unpack(output)]
+            if every_c is not None:
+                results.append(steps.unpack(every_c))
             results += map(steps.unsort, states)
         return tuple(results), (kept,) if save else ()
 
@@ -122,7 +122,7 @@ class NumbaEngine:
             dh, dc = _h_and_c(dstates)
             dfresh = steps.states(())
             dfresh_h, dfresh_c = _h_and_c(dfresh)
-            dinput = x.new_zeros(x.shape)
+            dinput = steps.new(x.shape[1]).zero_()
             for d in range(D):
                 w_ih, w_hh, _, _, w_hr = call.of_direction(d)
                 assert w_ih is not None
@@ -152,7 +152,7 @@ class NumbaEngine:
 
                 # What sums over tokens, or does not depend on other tokens, is left to large products.
                 if needs[0]:
-                    dinput.addmm_(dx, w_ih)
+                    dinput.view(x.shape).addmm_(dx, w_ih)
                 first = len(call.hx) + 1 + d * WEIGHTS_PER_DIRECTION
                 need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs[first : first + WEIGHTS_PER_DIRECTION]
                 if need_w_ih:
@@ -229,11 +229,17 @@ class _Steps:
             return rows[:, self._order][self._there]
         return rows if self._call.batch_sizes is not None else rows.flatten(0, 1)
 
+    def new(self, features: int) -> Tensor:
+        """New memory for a row of features of each token, laid out as the input unless that is padded."""
+        input = self._call.input
+        tokens = input.shape[:-1] if self._there is None else (int(self._there.sum()),)
+        return input.new_empty((*tokens, features))
+
     def unpack(self, rows: Tensor) -> Tensor:
-        """Laid out as the input, zero behind the rows' ends."""
-        shape = (*self._call.input.shape[:-1], rows.shape[1])
+        """Such rows laid out as the input in any case, zero behind the sequences' ends."""
         if self._there is None:
-            return rows.view(shape)
+            return rows
+        shape = (*self._call.input.shape[:-1], rows.shape[1])
         padded, result = rows.new_zeros(shape), rows.new_empty(shape)
         padded[self._there] = rows
         result[:, self._order] = padded
