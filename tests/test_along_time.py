@@ -1,4 +1,4 @@
-"""Lengths, resets, reset states and the states of every step: every engine against the oracle, and as users call them."""
+"""Lengths, resets, reset states and the states of every step: engines against the oracle, and as users call them."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_cells(along_engine, kind, given, batched):
     shape = (5,) if batched else ()
     x, states = values(*shape, 4), [values(*shape, 6) for _ in range(2 if kind == "LSTMCell" else 1)]
     fresh = [values(*(1,) * len(shape), 6) for _ in states]
-    pack = (lambda s: tuple(s)) if kind == "LSTMCell" else (lambda s: s[0])
+    pack = tuple if kind == "LSTMCell" else (lambda s: s[0])
     got = cell(x, pack(states), resets=resets, reset_state=pack(fresh) if given else None)
     zeros = [torch.zeros_like(f) for f in fresh]
     replaced = [torch.where(resets[..., None], f, s) for s, f in zip(states, fresh if given else zeros, strict=True)]
@@ -355,9 +355,7 @@ def problem():
 
     def call(x, h, c, lengths, resets):
         fresh = h[:, :1], c[:, :1]
-        output, final, states = module(
-            x, (h, c), lengths=lengths, resets=resets, reset_state=fresh, return_states=True
-        )
+        output, final, states = module(x, (h, c), lengths=lengths, resets=resets, reset_state=fresh, return_states=True)
         return output, *final, states.c[0]
 
     tensors = [values(4, 3, 3), values(4, 3, 4), values(4, 3, 4)]
@@ -367,7 +365,9 @@ def problem():
 def test_second_derivatives(problem):
     call, leaves, lengths, resets = problem
     leaves = [leaf[:2].detach().requires_grad_() for leaf in leaves[:1]] + leaves[1:]
-    torch.autograd.gradgradcheck(lambda *tensors: call(*tensors, lengths.clamp(max=2), resets[:2]), leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(
+        lambda *tensors: call(*tensors, lengths.clamp(max=2), resets[:2]), leaves, fast_mode=True
+    )
 
 
 def test_compile(problem):
@@ -395,7 +395,7 @@ def test_vmap(problem):
 
 
 def test_export(problem):
-    call, leaves, *along = problem
+    _, leaves, *along = problem
 
     class Module(torch.nn.Module):
         def __init__(self):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .torch_state import unusual_mode
-
 
 _debugging: ContextVar[bool] = ContextVar("fusedrnn_debugging", default=False)
 
@@ -162,7 +161,7 @@ def _checked_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], input:
     return lengths if lengths.device == input.device else lengths.to(input.device)
 
 
-def pad(jagged: Tensor) -> tuple[Tensor, Tensor]:
+def pad(jagged: Any) -> tuple[Tensor, Tensor]:
     """A jagged nested tensor (B, j, *) as a padded one (B, T, *) and its lengths (B,).
 
     Raises:
@@ -177,7 +176,7 @@ def pad(jagged: Tensor) -> tuple[Tensor, Tensor]:
     return padded.index_put((there,), values), lengths
 
 
-def unpad(padded: Tensor, like: Tensor) -> Tensor:
+def unpad(padded: Tensor, like: Any) -> Tensor:
     """The other way, with the offsets of ``like``."""
     lengths = like.offsets().diff()
     return torch.nested.nested_tensor_from_jagged(padded[_there(lengths, padded.shape[1])], like.offsets())

@@ -73,7 +73,7 @@ def _of_states(call: Call) -> tuple[Any, ...]:
 
 def _call(cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, *of_sequence: Any) -> Call:
     *rest, reset_state, every_state = of_sequence
-    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *rest, tuple(reset_state), every_state)
+    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *rest, tuple(reset_state), every_state)  # type: ignore[call-arg]
 
 
 def _outputs(sequence: bool, results: _Tensors) -> Outputs:

@@ -81,6 +81,11 @@ class Call:
         """Width of each state: R for h, H for the others."""
         return (self.output_size, *[self.hidden_size] * (len(self.cell.states) - 1))
 
+    def option_along_time(self) -> str | None:
+        """The first option that stock torch does not have, if any is used."""
+        options = {"lengths": self.lengths, "resets": self.resets, "every state": self.every_state or None}
+        return next((name for name, given in options.items() if given is not None), None)
+
     def of_direction(self, direction: int) -> tuple[Tensor | None, ...]:
         """The five weights of one direction."""
         first = direction * WEIGHTS_PER_DIRECTION
@@ -209,7 +214,7 @@ class Call:
             )
         if lengths.device.type != "cpu":
             self._check_device("lengths", lengths)
-        elif values and lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= self.time):
+        elif values and lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= self.time):
             raise RuntimeError(f"lengths must be from 0 to the {self.time} steps of the input, got {lengths.tolist()}")
 
     def _check_device(self, name: str, tensor: Tensor) -> None:

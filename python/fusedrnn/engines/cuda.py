@@ -68,6 +68,9 @@ class CudaEngine:
             return f"no kernel for {call.input.layout} input"
         if call.batch == 0:
             return "an empty batch"
+        option = call.option_along_time()
+        if option is not None:
+            return f"the engine does not pass {option} on to its kernels yet"
         capability = self._capability(_index(call.input.device))
         if capability < _LEAST_CAPABILITY:
             major, minor = capability
