@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:Deprecat
 later_torch = pytest.mark.skipif(not VMAP_RULES, reason="torch 2.4 cannot")
 
 OPERATORS = torch.ops.fusedrnn
+NOTHING_ALONG = (None, None, [], False)  # lengths, resets, reset_state, every_state
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 T, B, I, H = 4, 2, 3, 5
 
@@ -41,7 +42,7 @@ def arguments(cell, directions=1, hx=True, projected=False, sizes=None, sequence
             leaf(width, H) if projected else None,
         )
     ]
-    return cell, leaf(*rows, I), initial, weights, torch.tensor(sizes) if sizes else None, sequence
+    return cell, leaf(*rows, I), initial, weights, torch.tensor(sizes) if sizes else None, sequence, *NOTHING_ALONG
 
 
 def leaves(args):
@@ -51,7 +52,7 @@ def leaves(args):
 def backward_arguments(args, engine):
     with torch.no_grad():
         results = OPERATORS.layer_with_saved(*args, engine)
-    count = args[-1] + len(args[2])
+    count = args[5] + len(args[2])
     grads = [torch.randn_like(t, requires_grad=True) for t in results[:count]]
     needs = [t is not None for t in (args[1], *args[2], *args[3])]
     return grads, *args, [t.detach() for t in results[count:]], needs, engine
@@ -129,7 +130,7 @@ def test_nested_transforms_of_all_arguments(nesting):
     directions = [torch.randn_like(t) for t in variables]
 
     def loss(*values):
-        results = OPERATORS.layer("gru", values[0], [values[1]], [*values[2:], None], None, True)
+        results = OPERATORS.layer("gru", values[0], [values[1]], [*values[2:], None], None, True, *NOTHING_ALONG)
         return sum(torch.sin(t).sum() for t in results)
 
     def along(function):
@@ -190,10 +191,10 @@ class TestForwardMode:
 class TestVmap:
     @later_torch
     def test_lengths_shared_by_the_members(self):
-        cell, x, hx, weights, sizes, sequence = arguments("gru", sizes=[2, 2, 1])
+        cell, x, *rest = arguments("gru", sizes=[2, 2, 1])
         xs = torch.randn(3, *x.shape, dtype=x.dtype)
-        got = torch.func.vmap(lambda x: tuple(OPERATORS.layer(cell, x, hx, weights, sizes, sequence)))(xs)
-        expected = [OPERATORS.layer(cell, x, hx, weights, sizes, sequence) for x in xs]
+        got = torch.func.vmap(lambda x: tuple(OPERATORS.layer(cell, x, *rest)))(xs)
+        expected = [OPERATORS.layer(cell, x, *rest) for x in xs]
         assert_close(list(got), [torch.stack(r) for r in zip(*expected, strict=True)])
 
     def test_nested(self):
