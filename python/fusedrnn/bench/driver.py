@@ -36,7 +36,7 @@ _LONG = 2e-2
 _MIN_ROUNDS, _FEW_ROUNDS, _MAX_ROUNDS = 5, 3, 200
 #: Contestants that take so many times as long as the fastest one get no more than the least number of rounds.
 _HOPELESS = 4
-#: A turn in which the process waited for a core more than this part of the time is repeated, at most so often.
+#: A short turn in which the process waited for a core more than this part of the time is repeated, at most so often.
 _POLLUTED, _REPEATS = 0.02, 2
 #: An answer that takes longer is taken for a hang.
 _PATIENCE = 300.0
@@ -322,7 +322,8 @@ class Driver:
                     for attempt in range(1 + _REPEATS):
                         start, busy = perf_counter(), busy_elsewhere()
                         turn: Slice = handles[label].ask("time", label, 1, repeats, calls[label] < _LONG)
-                        if turn.waiting is None or turn.waiting <= _POLLUTED or attempt == _REPEATS:
+                        clean = turn.waiting is None or turn.waiting <= _POLLUTED
+                        if clean or attempt == _REPEATS or calls[label] > _LONG:
                             break
                         outcome.repeated += 1
                 except WorkerError as error:
