@@ -105,8 +105,12 @@ def check_compiled(kind, backend):
 
 def rename(results):
     """As the parameters of a compiled module are called."""
-    return {name.replace("gradient of weight", "gradient of _orig_mod.weight").replace(
-        "gradient of bias", "gradient of _orig_mod.bias"): value for name, value in results.items()}
+    return {
+        name.replace("gradient of weight", "gradient of _orig_mod.weight").replace(
+            "gradient of bias", "gradient of _orig_mod.bias"
+        ): value
+        for name, value in results.items()
+    }
 
 
 @row(COMPILE, 'backend "eager", fullgraph, forward and backward', note="nothing to set; one operator a layer")

@@ -447,7 +447,7 @@ class Tokens:
 
 def _why_unavailable(module: ModuleType | None) -> str | None:
     if module is None:
-        return _missing
+        return _missing or "the compiled module is missing"
     if module.device_count() == 0:
         runtime, driver = (version // 1000 for version in module.versions())
         if 0 < driver < runtime:
