@@ -317,7 +317,9 @@ class Network:
             d_others: list[list[Array]] = [[] for _ in range(directions)]
             if d_steps:
                 d_output = d_output + d_steps[index][0]
-                d_others = list(zip(*(np.split(d, directions, -1) for d in d_steps[index][1:]), strict=True)) or d_others
+                d_others = (
+                    list(zip(*(np.split(d, directions, -1) for d in d_steps[index][1:]), strict=True)) or d_others
+                )
             for d, (run, d_out) in enumerate(zip(self.layers[index], np.split(d_output, directions, -1), strict=True)):
                 k = index * directions + d
                 from_run, d_states, d_w = run.backward(d_out, [s[k] for s in d_final], d_others[d])

@@ -50,7 +50,15 @@ OPTIONS = {
     "directions": (1, 2),
     "batch_first": ON_OFF,
     "threads": (1, 2, 3),
-    "shape": ((1, 1, 3, 3), (1, 13, 1, 7), (5, 3, 17, 17), (9, 33, 3, 5), (40, 8, 7, 37), (12, 5, 37, 130), (20, 40, 65, 66)),
+    "shape": (
+        (1, 1, 3, 3),
+        (1, 13, 1, 7),
+        (5, 3, 17, 17),
+        (9, 33, 3, 5),
+        (40, 8, 7, 37),
+        (12, 5, 37, 130),
+        (20, 40, 65, 66),
+    ),
 }
 
 
@@ -347,9 +355,7 @@ def problem():
 
     def call(x, h, c, lengths, resets):
         fresh = h[:, :1], c[:, :1]
-        output, final, states = module(
-            x, (h, c), lengths=lengths, resets=resets, reset_state=fresh, return_states=True
-        )
+        output, final, states = module(x, (h, c), lengths=lengths, resets=resets, reset_state=fresh, return_states=True)
         return output, *final, states.c[0]
 
     tensors = [values(4, 3, 3), values(4, 3, 4), values(4, 3, 4)]
@@ -359,7 +365,9 @@ def problem():
 def test_second_derivatives(problem):
     call, leaves, lengths, resets = problem
     leaves = [leaf[:2].detach().requires_grad_() for leaf in leaves[:1]] + leaves[1:]
-    torch.autograd.gradgradcheck(lambda *tensors: call(*tensors, lengths.clamp(max=2), resets[:2]), leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(
+        lambda *tensors: call(*tensors, lengths.clamp(max=2), resets[:2]), leaves, fast_mode=True
+    )
 
 
 def test_compile(problem):

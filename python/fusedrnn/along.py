@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .torch_state import unusual_mode
 
-
 _debugging: ContextVar[bool] = ContextVar("fusedrnn_debugging", default=False)
 
 
@@ -189,9 +188,7 @@ def _there(lengths: Tensor, steps: int) -> Tensor:
 
 def of_layer(along: Along, layer: int, directions: int) -> tuple[Tensor | None, ...]:
     """The reset states of one layer."""
-    return tuple(
-        None if s is None else s[layer * directions : (layer + 1) * directions] for s in along.reset_state
-    )
+    return tuple(None if s is None else s[layer * directions : (layer + 1) * directions] for s in along.reset_state)
 
 
 def to(along: Along, dtype: torch.dtype) -> Along:

@@ -209,7 +209,7 @@ class Call:
             )
         if lengths.device.type != "cpu":
             self._check_device("lengths", lengths)
-        elif values and lengths.numel() and not (0 <= int(lengths.min()) and int(lengths.max()) <= self.time):
+        elif values and lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= self.time):
             raise RuntimeError(f"lengths must be from 0 to the {self.time} steps of the input, got {lengths.tolist()}")
 
     def _check_device(self, name: str, tensor: Tensor) -> None:

@@ -65,6 +65,14 @@ class CudaEngine:
             return f"no kernel for {call.input.layout} input"
         if call.batch == 0:
             return "an empty batch"
+        if call.every_state:
+            return "no kernel that returns the cell state of every step"
+        if any(state is not None for state in call.reset_state):
+            return "no kernel for resets to a state other than zeros"
+        if call.weights[4] is not None and (call.lengths is not None or call.resets is not None):
+            return "no kernel for a projection with lengths or resets"
+        if call.batch_sizes is not None and call.resets is not None:
+            return "no kernel for resets of a packed batch"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
@@ -115,7 +123,7 @@ class CudaEngine:
             if projected and call.hx[0] is not None:
                 gates_x[d].index_add_(0, tokens.first(d), call.hx[0][d] @ w_hh.t())
         hx = (None, *call.hx[1:]) if projected else call.hx
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D)
+        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
         hidden, final, kept = recurrence.forward(
             self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, save
         )
@@ -138,7 +146,7 @@ class CudaEngine:
         assert self._module is not None
         facts = self._module.cell_facts(call.cell.name)
         slots, from_input = facts["slots"], facts["input_slot"]
-        x, tokens = _tokens(call.input), _Tokens.of(call)
+        x, tokens = _tokens(_without_padding(call)), _Tokens.of(call)
         output, hidden, *kept = saved
         projected = call.weights[4] is not None
         d_output = None if grads[0] is None else grads[0].reshape(len(x), D * R)
@@ -151,7 +159,7 @@ class CudaEngine:
                 d_hidden = torch.cat([d_output[:, d * R : (d + 1) * R] @ w_hr[d] for d in range(D)], 1)
             if d_final[0] is not None:
                 d_final[0] = torch.stack([d_final[0][d] @ w_hr[d] for d in range(D)])
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D)
+        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
         d_slots, d_initial = recurrence.backward(
             self.plan(*self._sizes(call), True), _recurrent(call), hx, hidden, kept, d_hidden, d_final
         )
@@ -181,7 +189,7 @@ class CudaEngine:
                 results[first + 3] = d_rec.sum(0)
             if need_w_hh:
                 h = output[:, d * R : (d + 1) * R]
-                results[first + 1] = tokens.product_with_previous(d, d_rec, h, call.hx[0])
+                results[first + 1] = tokens.product_with_previous(d, *_entering(call, d, d_rec), h, call.hx[0])
             if projected and (need_w_hr or needs[1]):
                 d_previous = d_rec @ w_hh  # of the h that entered each token
                 if needs[1]:
@@ -412,13 +420,17 @@ class _Tokens:
             self._previous[d] = _upload(torch.where(there, self.B + starts[before] + row, row), self.device)
         return self._previous[d]
 
-    def product_with_previous(self, d: int, left: Tensor, h: Tensor, h0: Tensor | None) -> Tensor:
-        """left^T (tokens, m) times the h (tokens, R) that entered each pair: at first h0 (D, B, R), zeros if None."""
+    def product_with_previous(self, d: int, left: Tensor, first: Tensor | None, h: Tensor, h0: Tensor | None) -> Tensor:
+        """left^T (tokens, m) times the h (tokens, R) that entered each pair: at first h0 (D, B, R), zeros if None.
+
+        ``first`` (B, m) are the rows of ``left`` at each sequence's first pair, where that is not at an end of time.
+        """
         if self.sizes is not None:
             start = h.new_zeros((self.B, h.shape[1])) if h0 is None else h0[d]
             return left.t() @ torch.cat([start, h])[self.previous(d)]
         n = self.count - self.B
-        own, before, first = (left[self.B :], h[:n], left[: self.B]) if d == 0 else (left[:n], h[self.B :], left[n:])
+        own, before, at_end = (left[self.B :], h[:n], left[: self.B]) if d == 0 else (left[:n], h[self.B :], left[n:])
+        first = at_end if first is None else first
         product = own.t() @ before
         return product if h0 is None else product.addmm_(first.t(), h0[d])
 
@@ -451,6 +463,42 @@ def _index(device: torch.device) -> int:
 def _tokens(input: Tensor) -> Tensor:
     """(tokens, features), whether the input is packed or dense."""
     return input if input.dim() == 2 else input.flatten(0, 1)
+
+
+def _cuts(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Resets and lengths as the kernels take them. Nobody has looked at lengths on a GPU: those outside are clamped."""
+    resets = None if call.resets is None else call.resets.to(torch.uint8).contiguous()
+    return resets, _clamped_lengths(call)
+
+
+def _clamped_lengths(call: Call) -> Tensor | None:
+    return None if call.lengths is None else call.lengths.to(call.input.device).clamp(0, call.time)
+
+
+def _without_padding(call: Call) -> Tensor:
+    """The input with zeros behind each sequence's end, where it may hold NaN, which times zero is NaN."""
+    lengths = _clamped_lengths(call)
+    if lengths is None:
+        return call.input
+    behind = torch.arange(call.time, device=lengths.device)[:, None] >= lengths
+    return call.input.masked_fill(behind[..., None], 0)
+
+
+def _entering(call: Call, d: int, d_rec: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the recurrent products where something entered them: zeros where a segment starts from zeros.
+
+    And of these in reverse with lengths the rows at each sequence's first step, which is its last in time.
+    """
+    lengths = _clamped_lengths(call)
+    if call.resets is not None:
+        cut = call.resets if d == 0 else torch.cat([call.resets[1:], torch.zeros_like(call.resets[:1])])
+        if d == 1 and lengths is not None:  # behind a sequence's end nothing is reset
+            cut = cut & (torch.arange(1, call.time + 1, device=lengths.device)[:, None] < lengths)
+        d_rec = d_rec.masked_fill(cut.reshape(-1, 1), 0)
+    if d == 0 or lengths is None:
+        return d_rec, None
+    last = (lengths - 1).clamp(min=0) * call.batch + torch.arange(call.batch, device=lengths.device)
+    return d_rec, d_rec[last]
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

@@ -128,9 +128,7 @@ class NumbaEngine:
                 assert w_ih is not None
                 assert w_hh is not None
                 kept = saved[0][d]
-                before = one_step_earlier(
-                    d, *along, _array(kept[:, -1]), _array(initial[-1][d]), _array(fresh[-1][d])
-                )
+                before = one_step_earlier(d, *along, _array(kept[:, -1]), _array(initial[-1][d]), _array(fresh[-1][d]))
                 ds = x.new_empty((tokens, G * H))
                 dx = ds if kernels.sums_gates else torch.empty_like(ds)
                 dh_projected = x.new_empty((0 if w_hr is None else tokens, R))

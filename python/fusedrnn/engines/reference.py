@@ -96,5 +96,7 @@ def _one_direction(call: Call, direction: int) -> tuple[list[Tensor], list[Tenso
         if active is not None:
             states = [torch.where(active, a, b) for a, b in zip(new, states, strict=True)]
         else:
-            states = [torch.cat([a, b[sizes[t] :]]) if sizes[t] < len(b) else a for a, b in zip(new, states, strict=True)]
+            states = [
+                torch.cat([a, b[sizes[t] :]]) if sizes[t] < len(b) else a for a, b in zip(new, states, strict=True)
+            ]
     return [torch.stack(values) if dense else torch.cat(values) for values in steps], states

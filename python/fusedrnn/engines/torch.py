@@ -18,7 +18,11 @@ class TorchEngine:
         return None
 
     def supports(self, call: Call) -> str | None:
-        for name, given in (("lengths", call.lengths), ("resets", call.resets), ("every state", call.every_state or None)):
+        for name, given in (
+            ("lengths", call.lengths),
+            ("resets", call.resets),
+            ("every state", call.every_state or None),
+        ):
             if given is not None:
                 return f"stock torch has no {name}"
         return None
