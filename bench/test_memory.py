@@ -12,5 +12,5 @@ from fusedrnn.bench.memory import measure
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lstm_saves_no_more_than_torch(shape: str) -> None:
-    saved = measure("lstm", shape, torch.float32).bytes
+    saved = measure("lstm", shape, torch.float32).values
     assert saved[FUSEDRNN] <= saved[TORCH]

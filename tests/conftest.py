@@ -39,9 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
     leave_out = {"full"} if not config.option.markexpr else set()
     leave_out |= set() if torch.cuda.is_available() else {"gpu"}
-    left_out = [item for item in items if leave_out & set(item.keywords)]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if leave_out & {mark.name for mark in item.iter_markers()} else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not leave_out & set(item.keywords)]
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -730,7 +730,7 @@ class TestEngineChoice:
 
     @pytest.mark.parametrize("name", ["gpu", "", "CPU"])
     def test_unknown(self, name):
-        with pytest.raises(ValueError, match=f"unknown engine '{name}'; choose one of auto, cpu, numba"):
+        with pytest.raises(ValueError, match=f"unknown engine '{name}'; choose one of auto, cpu, cuda, numba"):
             fusedrnn.engine(name).__enter__()
 
     @pytest.mark.parametrize("name", ["cpu", "numba"])

@@ -1,11 +1,15 @@
 // Python module fusedrnn._cpu: checks what it is given against the kernels' contract (layer.h) and calls them.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -427,6 +431,60 @@ int64_t saved_per_token(const std::string& cell, int64_t H, int64_t R, bool proj
   return saved_size(facts.kept, facts.states, 1, H, R, projected);
 }
 
+// The most units per second that any of many short trials reached: work(rounds) returns the units that it did.
+template <class Work>
+double best_rate(double seconds, const Work& work) {
+  using Clock = std::chrono::steady_clock;
+  constexpr double trial = 2e-3;
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const py::gil_scoped_release release;
+  work(1);  // warms caches and clocks up
+  int64_t rounds = 1;
+  double best = 0;
+  for (const auto begin = Clock::now(); since(begin) < seconds || best == 0;) {
+    const auto start = Clock::now();
+    const auto units = static_cast<double>(work(rounds));
+    const double took = since(start);
+    if (took < trial)
+      rounds *= 2;
+    else
+      best = std::max(best, units / took);
+  }
+  return best;
+}
+
+py::object probe_multiply_adds(const std::string& dtype, double seconds) {
+  const Probes& probes = kernels().probes;
+  int64_t (*probe)(int64_t) = nullptr;
+  if (dtype == "float32")
+    probe = probes.multiply_adds_single;
+  else if (dtype == "float64")
+    probe = probes.multiply_adds_double;
+  else if (dtype == "bfloat16")
+    probe = probes.dots_bf16();
+  else
+    fail("there is no probe for " + dtype);
+  if (!probe) return py::none();
+  return py::float_(best_rate(seconds, probe));
+}
+
+double probe_read(int64_t bytes, double seconds) {
+  require(bytes > 0 && bytes % 4096 == 0, "bytes is not a positive multiple of 4096");
+  constexpr size_t page = size_t{1} << 21;  // so that prefer_huge_pages finds whole ones
+  const auto size = (static_cast<size_t>(bytes) + page - 1) / page * page;
+  const std::unique_ptr<void, decltype(&std::free)> data(std::aligned_alloc(page, size), &std::free);
+  if (!data) throw std::bad_alloc();
+  prefer_huge_pages(data.get(), size);
+  std::fill_n(static_cast<char*>(data.get()), size, char{1});
+  const auto read = kernels().probes.read;
+  return best_rate(seconds, [&](int64_t rounds) {
+    read(data.get(), bytes, rounds);
+    return rounds * bytes;
+  });
+}
+
 py::list isas() {
   py::list names;
   for (const Kernels* const* k = available_kernels(); *k; ++k) names.append((*k)->name);
@@ -459,6 +517,11 @@ PYBIND11_MODULE(_cpu, m) {
         "Gradients of input, hx, weights and reset_state, None where not needed.");
   m.def("saved_per_token", &saved_per_token, py::arg("cell"), py::arg("hidden"), py::arg("output"),
         py::arg("projected"), "Values that forward saves for each token and direction.");
+  m.def("probe_multiply_adds", &probe_multiply_adds, py::arg("dtype"), py::arg("seconds"),
+        "Floating-point operations per second of multiply-adds in registers on the calling thread; of bfloat16, with "
+        "float32 sums, None where the instruction set in use has no instruction for it.");
+  m.def("probe_read", &probe_read, py::arg("bytes"), py::arg("seconds"),
+        "Bytes per second at which the calling thread reads so many bytes again and again.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def("isas", &isas, "Names of the instruction sets that this machine runs, best first.");
   m.def(

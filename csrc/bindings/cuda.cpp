@@ -44,21 +44,23 @@ CellKind cell_kind(const std::string& name) {
 }  // namespace
 
 void register_cuda(py::module_& m) {
+  // The module over the emulator has the same types; both may be loaded in one process.
+  const py::module_local local;
   m.doc() = "CUDA kernels. See csrc/cuda/launch.h for the contract and fusedrnn/engines/cuda.py for the use.";
 
-  py::enum_<Arithmetic>(m, "Arithmetic")
+  py::enum_<Arithmetic>(m, "Arithmetic", local)
       .value("f32", Arithmetic::f32)
       .value("tf32", Arithmetic::tf32)
       .value("bf16", Arithmetic::bf16)
       .value("f16", Arithmetic::f16)
       .value("f64", Arithmetic::f64);
-  py::enum_<Path>(m, "Path")
+  py::enum_<Path>(m, "Path", local)
       .value("automatic", Path::automatic)
       .value("one_cta", Path::one_cta)
       .value("grid", Path::grid)
       .value("per_step", Path::per_step);
 
-  py::class_<Sizes>(m, "Sizes")
+  py::class_<Sizes>(m, "Sizes", local)
       .def(py::init([](const std::string& cell, Arithmetic arithmetic, bool backward, int64_t T, int64_t B, int64_t H,
                        int directions) {
              if (T < 1 || B < 1 || H < 1 || directions < 1 || directions > max_directions)
@@ -68,7 +70,7 @@ void register_cuda(py::module_& m) {
            py::arg("cell"), py::arg("arithmetic"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("H"),
            py::arg("directions"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", local)
       .def_readonly("path", &Plan::path)
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("k_groups", &Plan::k_groups)
@@ -92,10 +94,11 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "forward",
-      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch, int64_t tokens,
-         std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t gates_x,
-         const Addresses& w_hh, int64_t w_stride, const Addresses& b_hh, const Addresses& initial, std::uintptr_t output,
-         int64_t output_step, int64_t output_row, const Addresses& final, std::uintptr_t kept, std::uintptr_t cells) {
+      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t gates_x,
+         const Addresses& w_hh, int64_t w_stride, const Addresses& b_hh, const Addresses& initial,
+         std::uintptr_t output, int64_t output_step, int64_t output_row, const Addresses& final, std::uintptr_t kept,
+         std::uintptr_t cells) {
         Forward f{};
         static_cast<Sequence&>(f) = sequence_of(sizes, tokens, starts, lengths, resets);
         f.gates_x = pointer(gates_x);
@@ -114,11 +117,11 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "backward",
-      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch, int64_t tokens,
-         std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, const Addresses& w_hh_t, int64_t w_stride,
-         const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row, std::uintptr_t kept,
-         std::uintptr_t cells, std::uintptr_t d_output, int64_t d_output_step, int64_t d_output_row,
-         const Addresses& d_final, std::uintptr_t d_slots, const Addresses& d_initial) {
+      [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, const Addresses& w_hh_t,
+         int64_t w_stride, const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row,
+         std::uintptr_t kept, std::uintptr_t cells, std::uintptr_t d_output, int64_t d_output_step,
+         int64_t d_output_row, const Addresses& d_final, std::uintptr_t d_slots, const Addresses& d_initial) {
         Backward b{};
         static_cast<Sequence&>(b) = sequence_of(sizes, tokens, starts, lengths, resets);
         fill(b.w_hh_t, w_hh_t, "w_hh_t"), b.w_stride = w_stride;
@@ -158,8 +161,9 @@ void register_cuda(py::module_& m) {
     result["cooperative"] = facts.cooperative;
     return result;
   });
-  m.def("versions", [] { return py::make_tuple(runtime_version(), driver_version()); },
-        "CUDA versions of the runtime that is linked in and of the driver, 0 where there is none; 13010 is 13.1");
+  m.def(
+      "versions", [] { return py::make_tuple(runtime_version(), driver_version()); },
+      "CUDA versions of the runtime that is linked in and of the driver, 0 where there is none; 13010 is 13.1");
 }
 
 }  // namespace fusedrnn

@@ -11,7 +11,7 @@ struct Block {
   static constexpr int width = Simd<T>::width;
   static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int max_rows = 6;
-  static constexpr int max_vectors = 4;
+  static constexpr int max_vectors = 8;  // of a single row: enough additions on their way to hide their latency
   static constexpr int max_columns = max_vectors * width;
   static constexpr int rows(int vectors) {
     return accumulators / vectors < max_rows ? accumulators / vectors : max_rows;
@@ -39,50 +39,36 @@ struct Transposed {
   T operator()(int r, int64_t k) const { return block[k * Block<T>::max_rows + r]; }
 };
 
-// out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). With few accumulators K is split
-// into several chains of additions, so that the latency of an addition (4 cycles, 2 a cycle) is hidden.
+// out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). Each element is one chain of
+// additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it.
 template <class T, int MR, int NV, class Left>
 FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, T* out, int64_t ldo, bool add) {
   using S = Simd<T>;
   using V = typename S::V;
   constexpr int width = S::width;
-  constexpr int chains = MR * NV >= 8 ? 1 : (8 + MR * NV - 1) / (MR * NV);
-  V sum[chains][MR][NV] = {};
-  int64_t k = 0;
-  for (; k + chains <= K; k += chains) {
+  // Weights larger than the second-level cache come from the third at every step: fetched 1 KB ahead, LSTM inference at
+  // B = 64, H = 256 goes from 69 to 79 GF/s, training at B = 32, H = 512 from 70 to 79 (Zen 3, peak 102). Single rows
+  // pass through a panel faster, hence 2 KB.
+  constexpr int64_t ahead = (MR * NV <= 8 ? 2048 : 1024) / sizeof(T);
+  V sum[MR][NV] = {};
+  for (int64_t k = 0; k < K; ++k, panel += NV * width) {
+    V column[NV];
+    __builtin_prefetch(panel + ahead);
 #pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      const T* right = panel + (k + c) * (NV * width);
-      V column[NV];
-      // Weights larger than the second-level cache come from the third at every step: fetched 1 KB ahead, LSTM
-      // inference at B = 64, H = 256 goes from 69 to 79 GF/s, training at B = 32, H = 512 from 70 to 79 (Zen 3, peak
-      // 102).
-      __builtin_prefetch(right + 1024 / sizeof(T));
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) column[v] = S::load(right + v * width);
+    for (int v = 0; v < NV; ++v) column[v] = S::load(panel + v * width);
 #pragma GCC unroll 6
-      for (int r = 0; r < MR; ++r) {
-        const T value = left(r, k + c);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[c][r][v] += value * column[v];
-      }
+    for (int r = 0; r < MR; ++r) {
+      const T value = left(r, k);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[r][v] += value * column[v];
     }
   }
-  for (; k < K; ++k)
-#pragma GCC unroll 6
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[0][r][v] += left(r, k) * S::load(panel + (k * NV + v) * width);
 #pragma GCC unroll 6
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      V total = sum[0][r][v];
 #pragma GCC unroll 8
-      for (int c = 1; c < chains; ++c) total += sum[c][r][v];
+    for (int v = 0; v < NV; ++v) {
       T* place = out + r * ldo + v * width;
-      if (add) total += S::load(place);
-      S::store(place, total);
+      S::store(place, add ? sum[r][v] + S::load(place) : sum[r][v]);
     }
 }
 
@@ -143,24 +129,20 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// K is cut so that a stretch of a panel stays in the first-level cache (32 KB; 48 KB where vectors have 64
-// bytes) while the rows pass by.
-template <class T>
-static int64_t k_stretch(int nv) {
-  return (FUSEDRNN_VECTOR_BYTES == 64 ? 40960 : 16384) / (nv * FUSEDRNN_VECTOR_BYTES);
-}
+// K is cut so that a stretch of a panel of the usual width stays in the first-level cache (32 KB; 48 KB where vectors
+// have 64 bytes) while the rows pass by: 40 or 16 KB. Every product is cut alike, so that its sums round alike.
+constexpr int64_t k_stretch = FUSEDRNN_VECTOR_BYTES == 64 ? 160 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
 
 // out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
 static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo,
                            bool add = false) {
   const int64_t blocks = ceil_div(n, Block<T>::rows(nv));
-  const int64_t stretch = blocks > 1 ? k_stretch<T>(nv) : K;
-  for (int64_t k = 0; k < K || k == 0; k += stretch)
+  for (int64_t k = 0; k < K || k == 0; k += k_stretch)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
       with_block<T>((int)(last - first), nv,
-                    RowsTile<T>{smaller(stretch, K - k), rows + first, k, panel + k * nv * Block<T>::width,
+                    RowsTile<T>{smaller(k_stretch, K - k), rows + first, k, panel + k * nv * Block<T>::width,
                                 out + first * ldo, ldo, add || k > 0});
     }
 }

@@ -25,6 +25,8 @@ namespace FUSEDRNN_ISA_NAME {
 // Each builds on the one before.
 #include "gemm.h"
 #include "recurrence.h"
+// Needs vec.h alone.
+#include "probe.h"
 }  // namespace FUSEDRNN_ISA_NAME
 
 #define FUSEDRNN_STRING_(x) #x
@@ -40,8 +42,12 @@ namespace FUSEDRNN_ISA_NAME {
     }                                                                                      \
   }
 
-extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {FUSEDRNN_STRING(FUSEDRNN_ISA_NAME),
-                                                                   [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); },
-                                                                   FUSEDRNN_CELLS(float), FUSEDRNN_CELLS(double)};
+extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {
+    FUSEDRNN_STRING(FUSEDRNN_ISA_NAME),
+    [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); },
+    FUSEDRNN_CELLS(float),
+    FUSEDRNN_CELLS(double),
+    {FUSEDRNN_ISA_NAME::probe_multiply_adds<float>, FUSEDRNN_ISA_NAME::probe_multiply_adds<double>,
+     FUSEDRNN_ISA_NAME::probe_bf16, FUSEDRNN_ISA_NAME::probe_read}};
 
 }  // namespace fusedrnn

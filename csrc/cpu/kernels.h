@@ -11,12 +11,21 @@ struct Functions {
   void (*backward)(const Backward<T>&, int threads);
 };
 
+// How fast an instruction set is at best, see probe.h: each does its work a number of rounds.
+struct Probes {
+  int64_t (*multiply_adds_single)(int64_t rounds);  // returns floating-point operations, as the next two do
+  int64_t (*multiply_adds_double)(int64_t rounds);
+  int64_t (*(*dots_bf16)())(int64_t rounds);  // returns the probe; null where the processor has no such instruction
+  void (*read)(const void* data, int64_t bytes, int64_t rounds);
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
   bool (*runs_here)();
   Functions<float> single_[static_cast<int>(CellKind::count)];
   Functions<double> double_[static_cast<int>(CellKind::count)];
+  Probes probes;
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, baseline_kernels;

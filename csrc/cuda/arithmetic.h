@@ -4,8 +4,8 @@
 // r = l / 4 and r + 8. Which values of a sum meet in one multiplication does not matter as long as both operands agree,
 // so 16 neighbouring bytes serve as operands of two tensor-core instructions, and nothing is ever transposed.
 //
-// All end with the sums of a 16 x 8 tile spread over the warp as a tensor core leaves them: a thread has rows r, r, r + 8,
-// r + 8 and columns 2q, 2q + 1, 2q, 2q + 1, where q = l % 4.
+// All end with the sums of a 16 x 8 tile spread over the warp as a tensor core leaves them: a thread has rows r, r, r +
+// 8, r + 8 and columns 2q, 2q + 1, 2q, 2q + 1, where q = l % 4.
 #pragma once
 
 #include "device.h"
@@ -53,7 +53,7 @@ template <class Scalar>
 struct OnScalarUnits {
   using Real = Scalar;
   static constexpr int sums = 2 * columns;
-  static constexpr int ahead = 1;
+  static constexpr int ahead = 2;
 
   struct Columns {
     Words all[columns];

@@ -129,8 +129,9 @@ FUSEDRNN_DEVICE void wait_for(gptr<unsigned> counter, unsigned count) {
 // Copies 16 aligned bytes to shared memory while the thread goes on.
 template <class T>
 FUSEDRNN_DEVICE void copy_async(sptr<T> to, int i, gptr<const T> from, int64_t k) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to.at(i)))),
-               "l"(from.at(k)));
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to.at(i)))),
+      "l"(from.at(k)));
 }
 FUSEDRNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Until at most `pending` of this thread's commits are under way.

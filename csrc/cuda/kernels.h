@@ -11,9 +11,15 @@ constexpr int block_bytes = 64;
 constexpr int columns = 8;
 constexpr int lanes = 32, most_warps = 8;
 
-// Weights in registers of a warp: 16 rows x 64 bytes, a *tile's block*, take 8 registers of each thread, and 128 of the
-// 255 are for them. A warp with more tiles makes for fewer CTAs, which have to meet, each with fewer blocks of a row.
-constexpr int tile_rows = 16, held_blocks = 16;
+// Weights in registers of a warp: 16 rows x 64 bytes, a *tile's block*, take 8 registers of each thread. As many as the
+// 255 registers hold without spilling; backward has more else to hold. Multiply-adds use each weight for eight columns,
+// so that reading it from shared memory costs nothing beside them; they rather have the columns of two blocks, 64
+// registers, on their way. A warp with more tiles makes for fewer CTAs, which have to meet, each with fewer blocks of a
+// row.
+constexpr int tile_rows = 16;
+constexpr int held_blocks(Arithmetic a, bool backward) {
+  return a == Arithmetic::f32 ? backward ? 6 : 8 : backward ? 12 : 16;
+}
 constexpr int tiles_forward(int gates, int64_t value_bytes) { return gates == 1 ? 1 : value_bytes == 2 ? gates : 2; }
 constexpr int tiles_backward = 1;
 
@@ -30,15 +36,15 @@ struct Geometry {
   int blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
   int ring_row;               // bytes of a sequence in the ring
   int ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
-  void* ring;                     // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
-  unsigned* arrivals;             // (directions, slices), zeroed, 128 bytes apart
-  void* states;                   // per step: Real (directions, states, B, H)
+  void* ring;                 // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
+  unsigned* arrivals;         // (directions, slices), zeroed, 128 bytes apart
+  void* states;               // per step: Real (directions, states, B, H)
   // Byte offsets in shared memory.
   int sums_at, bias_at, states_at, weights_at, ring_at;
 };
 constexpr int64_t arrivals_apart = 128 / sizeof(unsigned);
 
-// The one argument of every kernel.
+// The one argument of a persistent kernel.
 struct Arguments {
   Geometry geometry;
   union {
@@ -48,17 +54,20 @@ struct Arguments {
   Arguments() : geometry{}, forward{} {}
 };
 
+// The per-step kernels read theirs from device memory, so that a recorded graph serves other calls as well: it holds
+// the launches of `graph_steps` steps, numbered from `first_step`, and moves that on at its end.
+struct StepArguments {
+  Arguments call;
+  int64_t first_step;
+};
+constexpr int graph_steps = 32;
+
 using Kernel = void (*)(Arguments);
-// The per-step kernels read their arguments from device memory, so that a recorded graph can be used again for others.
-using StepKernel = void (*)(const Arguments*, int64_t step);
+using StepKernel = void (*)(const StepArguments*, int64_t step);
 
 struct CellKernels {
   Kernel one_cta[2], grid[2];  // forward, backward; null where an arithmetic has none
   StepKernel start[2], step[2];
-};
-
-struct Kernels {
-  const CellKernels* cells[static_cast<int>(CellKind::count)];
 };
 
 // One table per arithmetic, each in a file of its own, so that they compile side by side.

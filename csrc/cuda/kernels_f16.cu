@@ -2,4 +2,4 @@
 
 namespace fusedrnn::cuda {
 const CellKernels kernels_f16[] = FUSEDRNN_KERNELS(F16);
-}
+}  // namespace fusedrnn::cuda

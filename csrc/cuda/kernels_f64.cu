@@ -2,4 +2,4 @@
 
 namespace fusedrnn::cuda {
 const CellKernels kernels_f64[] = FUSEDRNN_KERNELS(F64);
-}
+}  // namespace fusedrnn::cuda

@@ -2,4 +2,4 @@
 
 namespace fusedrnn::cuda {
 const CellKernels kernels_tf32[] = FUSEDRNN_KERNELS(Tf32);
-}
+}  // namespace fusedrnn::cuda

@@ -46,6 +46,7 @@ const CellKernels& kernels(const Sizes& sizes) {
 // The shape of a pass's product.
 struct Shape {
   int rows, rings, states, tiles;  // as in passes.h
+  int held;                        // blocks of each warp in registers
   int64_t K;                       // what is summed over
 
   explicit Shape(const Sizes& sizes) {
@@ -54,6 +55,7 @@ struct Shape {
     rings = sizes.backward ? cell.gates : 1;
     states = cell.states;
     tiles = sizes.backward ? tiles_backward : tiles_forward(cell.gates, value_bytes(sizes.arithmetic));
+    held = held_blocks(sizes.arithmetic, sizes.backward) / tiles;
     K = rings * sizes.H;
   }
 };
@@ -86,7 +88,7 @@ Geometry geometry_of(const Sizes& sizes, const Plan& plan, int64_t* shared_bytes
   g.ring_at = take(plan.path == Path::one_cta ? 2 * g.ring_rows * g.ring_row : 0);
   g.weights_at = take(static_cast<int64_t>(plan.row_groups) * plan.k_groups * plan.shared_blocks * shape.tiles *
                       tile_rows * block_bytes);
-    if (shared_bytes) *shared_bytes = at;
+  if (shared_bytes) *shared_bytes = at;
   return g;
 }
 
@@ -102,12 +104,13 @@ double persistent_step(const Sizes& sizes, const Shape& shape, const Plan& plan)
   const double warps = plan.row_groups * plan.k_groups, chunks = static_cast<double>(ceil_div(plan.slice, columns));
   const double each = static_cast<double>(ceil_div(plan.blocks, plan.k_groups));
   const double tile_blocks = warps * each * shape.tiles;  // of a CTA, 1 KB each
-  const double in_registers = std::min(each, static_cast<double>(held_blocks / shape.tiles));
+  const double in_registers = std::min(each, static_cast<double>(shape.held));
   const double in_shared = static_cast<double>(plan.shared_blocks);
   const double streamed = std::max(0.0, each - in_registers - in_shared);
   const double kb = warps * shape.tiles;
   const double product = (scalar ? 64.0 : 16.0) * tile_blocks / 4;
-  const double memory = in_shared * kb * 8 + streamed * kb * 30 + static_cast<double>(plan.row_groups) * plan.blocks * 10;
+  const double memory =
+      in_shared * kb * 8 + streamed * kb * 30 + static_cast<double>(plan.row_groups) * plan.blocks * 10;
   const double fixed = 700 + (plan.path == Path::grid ? 400 : -300);
   const double pairs = static_cast<double>(plan.units) * columns / (warps * lanes) * 150;
   const double barrier = plan.path == Path::grid ? 1200 + 4 * static_cast<double>(plan.unit_blocks) : 60;
@@ -124,16 +127,16 @@ double per_step_step(const Sizes& sizes, const Shape& shape) {
 std::string count(int64_t n, const char* what) { return std::to_string(n) + " " + what + (n == 1 ? "" : "s"); }
 
 std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
-  const std::string ctas = count(plan.unit_blocks * plan.slices * plan.directions_at_once, "CTA") + " x " +
+  const std::string ctas = count(int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once, "CTA") + " x " +
                            std::to_string(threads_of(plan)) + " threads";
   if (plan.path == Path::per_step) return "one launch per step, " + ctas;
-  const int64_t each = ceil_div(plan.blocks, plan.k_groups), held = held_blocks / shape.tiles;
+  const int64_t each = ceil_div(plan.blocks, plan.k_groups), held = shape.held;
   std::string weights = "weights in registers";
   if (each > held) weights += plan.shared_blocks ? " and shared memory" : "";
   if (each > held + plan.shared_blocks)
     weights += ", " + std::to_string(100 * (each - held - plan.shared_blocks) / each) + "% read from the L2 cache";
-  return std::string(plan.path == Path::one_cta ? "persistent, one CTA for all units" : "persistent grid") + ", " + ctas +
-         ", " + weights + (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
+  return std::string(plan.path == Path::one_cta ? "persistent, one CTA for all units" : "persistent grid") + ", " +
+         ctas + ", " + weights + (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
 }
 
 // The division of a persistent launch among `row_groups` x `k_groups` warps a CTA; false if the device cannot run it.
@@ -157,17 +160,18 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   plan.shared_blocks = 0;
   geometry_of(sizes, plan, &plan.shared_bytes);
   const int64_t left = device.shared_bytes - plan.shared_bytes;
-  const int64_t over = ceil_div(plan.blocks, plan.k_groups) - held_blocks / shape.tiles;
+  const int64_t over = ceil_div(plan.blocks, plan.k_groups) - shape.held;
   const int64_t shared_block = int64_t{plan.row_groups} * plan.k_groups * shape.tiles * tile_rows * block_bytes;
   if (left < 0) return false;
   if (over > 0) plan.shared_blocks = static_cast<int>(std::min(over, left / shared_block));
   plan.shared_bytes += plan.shared_blocks * shared_block;
-  const int64_t ctas = plan.unit_blocks * plan.slices * plan.directions_at_once;
+  const int64_t ctas = int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once;
   if (runtime::resident_ctas(kernel, threads_of(plan), plan.shared_bytes, device) < ctas) return false;
   const Geometry g = geometry_of(sizes, plan);
   if (int64_t{2} * g.ring_rows * g.ring_row > INT32_MAX) return false;  // the kernels count it in ints
-  plan.scratch_bytes = arrivals_bytes(plan, sizes.directions) +
-                       (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
+  plan.scratch_bytes =
+      arrivals_bytes(plan, sizes.directions) +
+      (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
   return true;
 }
 
@@ -176,7 +180,7 @@ struct StepScratch {
   int64_t arguments, ring, states, bytes;
   StepScratch(const Sizes& sizes, const Geometry& g) {
     arguments = 0;
-    ring = round_up(sizeof(Arguments), block_bytes);
+    ring = round_up(sizeof(StepArguments), block_bytes);
     states = ring + int64_t{2} * sizes.directions * g.ring_rows * g.ring_row;
     bytes = states + sizes.directions * Shape(sizes).states * sizes.B * sizes.H * real_bytes(sizes.arithmetic);
   }
@@ -203,14 +207,19 @@ void run_per_step(Arguments& arguments, const Sizes& sizes, const Plan& plan, ch
   const StepScratch at(sizes, g);
   g.ring = scratch + at.ring, g.states = scratch + at.states;
   const CellKernels& k = kernels(sizes);
-  const runtime::Shape shape{plan.unit_blocks * plan.slices * sizes.directions, threads_of(plan), plan.shared_bytes,
-                             stream};
-  Arguments* const on_device = reinterpret_cast<Arguments*>(scratch + at.arguments);
-  runtime::write_arguments(on_device, arguments, stream);
+  const runtime::Shape shape{int64_t{plan.unit_blocks} * plan.slices * sizes.directions, threads_of(plan),
+                             plan.shared_bytes, stream};
+  const StepKernel kernel = k.step[sizes.backward];
+  int64_t steps = sizes.T + sizes.backward;
+  runtime::StepGraph* const graph =
+      steps < graph_steps || runtime::is_capturing(stream) ? nullptr : runtime::step_graph(kernel, shape);
+  StepArguments* const on_device =
+      graph ? graph->arguments() : reinterpret_cast<StepArguments*>(scratch + at.arguments);
+  runtime::write_arguments(on_device, {arguments, 0}, stream);
   runtime::zero(g.ring, at.states - at.ring, stream);
   runtime::launch(k.start[sizes.backward], shape, on_device, 0);
-  for (int64_t step = 0; step < sizes.T + sizes.backward; ++step)
-    runtime::launch(k.step[sizes.backward], shape, on_device, step);
+  for (; graph && steps >= graph_steps; steps -= graph_steps) graph->launch();
+  for (int64_t step = 0; step < steps; ++step) runtime::launch(kernel, shape, on_device, step);
 }
 
 void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scratch, Stream stream) {
@@ -225,10 +234,10 @@ void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scrat
     g.first_direction = d;
     g.arrivals = static_cast<unsigned*>(scratch) + d * plan.slices * arrivals_apart;
     g.ring = rings + int64_t{2} * d * plan.slices * g.ring_rows * g.ring_row;
-    runtime::launch_cooperative(
-        kernel,
-        {plan.unit_blocks * plan.slices * plan.directions_at_once, threads_of(plan), plan.shared_bytes, stream},
-        arguments);
+    runtime::launch_cooperative(kernel,
+                                {int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once, threads_of(plan),
+                                 plan.shared_bytes, stream},
+                                arguments);
   }
 }
 

@@ -68,16 +68,16 @@ struct Sequence {
 };
 
 struct Forward : Sequence {
-  const void* gates_x;                    // Value (D, tokens, G, H): x W_ih^T + b_ih
-  const void* w_hh[max_directions];       // Value (G*H, w_stride), zero in columns H and after
-  const void* b_hh[max_directions];       // Value (G*H), or null
-  const void* initial[max_states];        // Value (D, B, H), or null for zeros
-  int64_t w_stride;                       // in values; in bytes a multiple of 64
-  void* output;                           // Value, row (t, b) at t * output_step + b * output_row, packed token *
-  int64_t output_step, output_row;        // output_row; direction d at d * H in it
-  void* final[max_states];                // Value (D, B, H)
-  void* kept;                             // Value (D, tokens, kept, H) for backward, or null
-  void* cells;                            // Real (D, tokens, H): the second state for backward, or null
+  const void* gates_x;               // Value (D, tokens, G, H): x W_ih^T + b_ih
+  const void* w_hh[max_directions];  // Value (G*H, w_stride), zero in columns H and after
+  const void* b_hh[max_directions];  // Value (G*H), or null
+  const void* initial[max_states];   // Value (D, B, H), or null for zeros
+  int64_t w_stride;                  // in values; in bytes a multiple of 64
+  void* output;                      // Value, row (t, b) at t * output_step + b * output_row, packed token *
+  int64_t output_step, output_row;   // output_row; direction d at d * H in it
+  void* final[max_states];           // Value (D, B, H)
+  void* kept;                        // Value (D, tokens, kept, H) for backward, or null
+  void* cells;                       // Real (D, tokens, H): the second state for backward, or null
 };
 
 struct Backward : Sequence {

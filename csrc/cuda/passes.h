@@ -56,6 +56,7 @@ class ForwardPass {
   using Arith = A;
   using Value = typename A::Value;
   using Real = typename A::Real;
+  static constexpr bool is_backward = false;
   static constexpr int rows = Cell::gates, states = Cell::states, rings = 1;
   static constexpr int tiles = tiles_forward(rows, sizeof(Value));
 
@@ -115,8 +116,7 @@ class ForwardPass {
       const gptr<Value> kept(static_cast<Value*>(a_.kept), tokens * Cell::kept * H);
       if (kept) {
         FUSEDRNN_UNROLL
-        for (int k = 0; k < Cell::kept; ++k)
-          store(kept, (token * Cell::kept + k) * H + unit, convert<Value>(keep[k]));
+        for (int k = 0; k < Cell::kept; ++k) store(kept, (token * Cell::kept + k) * H + unit, convert<Value>(keep[k]));
       }
       const gptr<Real> cells(static_cast<Real*>(a_.cells), tokens * H);
       if (states > 1 && cells) store(cells, token * H + unit, next[states - 1]);
@@ -162,6 +162,7 @@ class BackwardPass {
   using Arith = A;
   using Value = typename A::Value;
   using Real = typename A::Real;
+  static constexpr bool is_backward = true;
   static constexpr int rows = 1, states = Cell::states, rings = Cell::gates;
   static constexpr int tiles = tiles_backward;
 
@@ -212,9 +213,8 @@ class BackwardPass {
     const gptr<const Value> d_output(static_cast<const Value*>(a_.d_output),
                                      clock_.extent(a_.d_output_step, a_.d_output_row, a_.directions * H));
     f.d_output =
-        d_output
-            ? convert<Real>(load(d_output, clock_.row(t, b, a_.d_output_step, a_.d_output_row) + d_ * H + unit))
-            : Real(0);
+        d_output ? convert<Real>(load(d_output, clock_.row(t, b, a_.d_output_step, a_.d_output_row) + d_ * H + unit))
+                 : Real(0);
     return f;
   }
 

@@ -23,7 +23,7 @@ class Product {
   using A = typename Pass::Arith;
   using Value = typename Pass::Value;
   using Real = typename Pass::Real;
-  static constexpr int tiles = Pass::tiles, held = held_blocks / tiles;
+  static constexpr int tiles = Pass::tiles, held = held_blocks(A::kind, Pass::is_backward) / tiles;
   static constexpr int block_values = block_bytes / sizeof(Value), word_values = sizeof(Words) / sizeof(Value);
 
  public:
@@ -40,8 +40,7 @@ class Product {
     first_ = k_group_ * each;
     count_ = left < 0 ? 0 : left < each ? left : each;
     FUSEDRNN_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      FUSEDRNN_UNROLL
+    for (int i = 0; i < tiles; ++i) FUSEDRNN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = (row_group_ * tiles + i) * tile_rows + half * tile_rows / 2 + lane_ / 4;
       const int gate = row / g.units, unit = first_unit + row % g.units;
@@ -53,8 +52,7 @@ class Product {
         FUSEDRNN_UNROLL
         for (int i = 0; i < tiles; ++i) in_registers_[j][i] = weights(j, i);
       }
-    for (int j = held; j < count_ && j < held + g.shared_blocks; ++j)
-      FUSEDRNN_UNROLL
+    for (int j = held; j < count_ && j < held + g.shared_blocks; ++j) FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i) {
       const Rows rows = weights(j, i);
       store_words(in_shared_, shared_place(j, i), rows.low);
@@ -65,12 +63,10 @@ class Product {
   // The products of step's ring rows [column, column + 8), from place `first` of `sums` on, to be added up over the k
   // groups by the reader.
   template <class Exchange>
-  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums,
-                           int first) const {
+  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums, int first) const {
     Real c[tiles][A::sums];
     FUSEDRNN_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      FUSEDRNN_UNROLL
+    for (int i = 0; i < tiles; ++i) FUSEDRNN_UNROLL
     for (int s = 0; s < A::sums; ++s) c[i][s] = Real(0);
 
     const auto ring = [&](int j) {
@@ -85,24 +81,32 @@ class Product {
       typename A::Columns h[ahead];
       FUSEDRNN_UNROLL
       for (int k = 0; k < ahead; ++k)
-        if (j + k < count_) h[k] = ring(j + k);
+        if (j + k < held && j + k < count_) h[k] = ring(j + k);
       FUSEDRNN_UNROLL
       for (int k = 0; k < ahead; ++k)
-        if (j + k < count_) {
+        if (j + k < held && j + k < count_) {
           FUSEDRNN_UNROLL
           for (int i = 0; i < tiles; ++i) A::multiply(c[i], in_registers_[j + k][i], h[k]);
         }
     }
     const int on_chip = held + g_.shared_blocks;
-    for (int j = held; j < count_; ++j) {
-      const typename A::Columns h = ring(j);
+    constexpr int further_ahead = (A::ahead + 1) / 2;  // the weights are on their way as well
+    for (int j = held; j < count_; j += further_ahead) {
+      typename A::Columns h[further_ahead];
       FUSEDRNN_UNROLL
-      for (int i = 0; i < tiles; ++i) {
-        const Rows rows = j < on_chip ? Rows{load_words(in_shared_, shared_place(j, i)),
-                                             load_words(in_shared_, shared_place(j, i) + lanes)}
-                                      : weights(j, i);
-        A::multiply(c[i], rows, h);
-      }
+      for (int k = 0; k < further_ahead; ++k)
+        if (j + k < count_) h[k] = ring(j + k);
+      FUSEDRNN_UNROLL
+      for (int k = 0; k < further_ahead; ++k)
+        if (j + k < count_) {
+          FUSEDRNN_UNROLL
+          for (int i = 0; i < tiles; ++i) {
+            const Rows rows = j + k < on_chip ? Rows{load_words(in_shared_, shared_place(j + k, i)),
+                                                     load_words(in_shared_, shared_place(j + k, i) + lanes)}
+                                              : weights(j + k, i);
+            A::multiply(c[i], rows, h[k]);
+          }
+        }
     }
 
     const int rows = g_.row_groups * tiles * tile_rows;
@@ -162,8 +166,7 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   const Product<Pass> product(pass, g, first_unit, H);
 
   for (int i = thread_index(); i < Pass::rows * g.units; i += thread_count())
-    if (first_unit + i % g.units < H)
-      store(bias, i, pass.bias(i / g.units, first_unit + i % g.units));
+    if (first_unit + i % g.units < H) store(bias, i, pass.bias(i / g.units, first_unit + i % g.units));
 
   // The threads share the slice's (unit, sequence) pairs of eight sequences at a time, neighbours having neighbouring
   // units. With u units there are 8 u pairs, and rows * u <= row groups * tiles * 16.
@@ -198,9 +201,8 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   for (int64_t step = 0; step < pass.steps(); ++step) {
     typename Pass::Fetched fetched[most];
     const auto fetch = [&](int column) {
-      each(column, [&](int e, int unit, int row) {
-        fetched[e] = pass.fetch(step, first_unit + unit, first_row + row);
-      });
+      each(column,
+           [&](int e, int unit, int row) { fetched[e] = pass.fetch(step, first_unit + unit, first_row + row); });
     };
     fetch(0);
     exchange.await(step);

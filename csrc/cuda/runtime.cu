@@ -1,8 +1,11 @@
-#include "runtime.h"
-
 #include <cuda_runtime.h>
 
+#include <map>
+#include <memory>
 #include <stdexcept>
+#include <tuple>
+
+#include "runtime.h"
 
 namespace fusedrnn::cuda::runtime {
 namespace {
@@ -22,7 +25,61 @@ void allow_shared(const void* kernel, int64_t bytes) {
         "cannot get the shared memory that the kernel needs");
 }
 
-__global__ void write(Arguments* to, const __grid_constant__ Arguments from) { *to = from; }
+__global__ void write(StepArguments* to, const __grid_constant__ StepArguments from) { *to = from; }
+__global__ void advance(StepArguments* arguments) { arguments->first_step += graph_steps; }
+
+// Lets this thread allocate and record although another one may be recording, which CUDA otherwise treats as an error
+// of that other one.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+class RecordedSteps : public StepGraph {
+ public:
+  RecordedSteps(StepKernel kernel, const Shape& shape) : stream_(shape.stream) {
+    const RelaxedCapture relaxed;
+    check(cudaMalloc(&arguments_, sizeof(StepArguments)), "no memory for the arguments of a CUDA graph");
+    cudaStream_t recorder;
+    check(cudaStreamCreateWithFlags(&recorder, cudaStreamNonBlocking), "cannot make a stream to record on");
+    cudaGraph_t graph = nullptr;
+    std::string failure;
+    try {
+      check(cudaStreamBeginCapture(recorder, cudaStreamCaptureModeRelaxed), "cannot record a CUDA graph");
+      Shape on_recorder = shape;
+      on_recorder.stream = recorder;
+      for (int64_t step = 0; step < graph_steps; ++step) runtime::launch(kernel, on_recorder, arguments_, step);
+      advance<<<1, 1, 0, recorder>>>(arguments_);
+      check(cudaGetLastError(), "cannot record a CUDA graph");
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    cudaStreamEndCapture(recorder, &graph);
+    cudaStreamDestroy(recorder);
+    if (failure.empty() && cudaGraphInstantiateWithFlags(&executable_, graph, 0) != cudaSuccess)
+      failure = "cannot make a CUDA graph of the recorded steps";
+    if (graph) cudaGraphDestroy(graph);
+    if (!failure.empty()) {
+      cudaFree(arguments_);
+      cudaGetLastError();
+      throw std::runtime_error(failure);
+    }
+  }
+
+  StepArguments* arguments() override { return arguments_; }
+  void launch() override { check(cudaGraphLaunch(executable_, stream_of(stream_)), "the launch of steps was refused"); }
+
+ private:
+  Stream stream_;
+  StepArguments* arguments_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
 
 }  // namespace
 
@@ -92,18 +149,37 @@ void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& argu
         "the launch of the recurrence was refused");
 }
 
-void write_arguments(Arguments* to, const Arguments& from, Stream stream) {
+void write_arguments(StepArguments* to, const StepArguments& from, Stream stream) {
   write<<<1, 1, 0, stream_of(stream)>>>(to, from);
   check(cudaGetLastError(), "the launch of the recurrence was refused");
 }
 
-void launch(StepKernel kernel, const Shape& shape, const Arguments* arguments, int64_t step) {
+void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
   const auto function = reinterpret_cast<const void*>(kernel);
   allow_shared(function, shape.shared_bytes);
   void* pointers[] = {&arguments, &step};
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.ctas)), dim3(static_cast<unsigned>(shape.threads)),
                          pointers, static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream)),
         "the launch of a step was refused");
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_of(stream), &status), "cannot tell whether the stream is recorded");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+StepGraph* step_graph(StepKernel kernel, const Shape& shape) {
+  constexpr size_t most = 256;
+  // Kept until the end of the process, when the driver may be gone before this is. Callers hold Python's lock.
+  static auto& graphs = *new std::map<std::tuple<int, StepKernel, int64_t, Stream>, std::unique_ptr<StepGraph>>;
+  int device = 0;
+  check(cudaGetDevice(&device), "cannot tell the current device");
+  const auto key = std::make_tuple(device, kernel, shape.ctas, shape.stream);
+  const auto found = graphs.find(key);
+  if (found != graphs.end()) return found->second.get();
+  if (graphs.size() >= most) return nullptr;
+  return graphs.emplace(key, std::make_unique<RecordedSteps>(kernel, shape)).first->second.get();
 }
 
 }  // namespace fusedrnn::cuda::runtime

@@ -34,7 +34,21 @@ void zero(void* memory, int64_t bytes, Stream stream);
 // All CTAs run at once, or the launch is refused.
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments);
 // Writes the arguments of per-step kernels to device memory, in the order of the stream.
-void write_arguments(Arguments* to, const Arguments& from, Stream stream);
-void launch(StepKernel kernel, const Shape& shape, const Arguments* arguments, int64_t step);
+void write_arguments(StepArguments* to, const StepArguments& from, Stream stream);
+void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step);
+
+// Whether launches into the stream are recorded, not run.
+bool is_capturing(Stream stream);
+
+// The launches of `graph_steps` steps as one. It reads its arguments from memory of its own, so calls that use it must
+// follow each other: there is one for each stream.
+class StepGraph {
+ public:
+  virtual ~StepGraph() = default;
+  virtual StepArguments* arguments() = 0;
+  virtual void launch() = 0;
+};
+// Recorded at the first call and kept; null if too many are kept already.
+StepGraph* step_graph(StepKernel kernel, const Shape& shape);
 
 }  // namespace fusedrnn::cuda::runtime

@@ -1,5 +1,6 @@
 // One launch per step, for what does not stay on the chip: large batches, large weights, double precision, and devices
-// that refuse to run all CTAs at once. Carried states and ring are in global memory; the launches' order is the barrier.
+// that refuse to run all CTAs at once. Carried states and ring are in global memory; the launches' order is the
+// barrier.
 //
 // A CTA multiplies a tile of step_rows rows of weights with step_columns sequences, both of which it copies to shared
 // memory some stages ahead, and then computes the tile's units.
@@ -63,19 +64,19 @@ struct StepPlace {
 
 template <class Pass>
 FUSEDRNN_KERNEL(most_warps* lanes)
-start(const Arguments* arguments, int64_t step) {
-  const StepPlace<Pass> at(constant(arguments));
+start(const StepArguments* arguments, int64_t) {
+  const StepPlace<Pass> at(constant(arguments).call);
   at.each([&](int unit, int row) {
     typename Pass::Real state[Pass::states];
     typename Pass::Value ring[Pass::rings];
     at.pass.begin(at.first_unit + unit, at.first_row + row, state, ring);
-    at.leave(step, unit, row, state, ring);
+    at.leave(0, unit, row, state, ring);
   });
 }
 
 template <class Pass>
 FUSEDRNN_KERNEL(most_warps* lanes)
-step(const Arguments* arguments, int64_t step) {
+step(const StepArguments* arguments, int64_t relative_step) {
   using A = typename Pass::Arith;
   using Value = typename Pass::Value;
   using Real = typename Pass::Real;
@@ -85,7 +86,8 @@ step(const Arguments* arguments, int64_t step) {
   // that shared memory serves at a time read two rows, and no bank twice.
   constexpr int stage_rows = step_rows + step_columns, stage_values = step_blocks * stage_rows * words * word_values;
 
-  const StepPlace<Pass> at(constant(arguments));
+  const StepPlace<Pass> at(constant(arguments).call);
+  const int64_t step = constant(arguments).first_step + relative_step;
   const Geometry& g = at.g;
   const gptr<const Value> matrix = at.pass.weights();
   const gptr<const Value> ring(static_cast<const Value*>(g.ring) + at.direction * 2 * at.buffer_values,
@@ -114,8 +116,7 @@ step(const Arguments* arguments, int64_t step) {
 
   Real c[column_groups][A::sums];
   FUSEDRNN_UNROLL
-  for (int n = 0; n < column_groups; ++n)
-    FUSEDRNN_UNROLL
+  for (int n = 0; n < column_groups; ++n) FUSEDRNN_UNROLL
   for (int s = 0; s < A::sums; ++s) c[n][s] = Real(0);
 
   const int64_t count = (g.blocks + step_blocks - 1) / step_blocks;

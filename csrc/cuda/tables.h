@@ -25,6 +25,6 @@ constexpr CellKernels kernels_of() {
 
 // In the order of CellKind.
 #define FUSEDRNN_KERNELS(A) \
-  { kernels_of<RnnTanh, A>(), kernels_of<RnnRelu, A>(), kernels_of<Lstm, A>(), kernels_of<Gru, A>() }
+  {kernels_of<RnnTanh, A>(), kernels_of<RnnRelu, A>(), kernels_of<Lstm, A>(), kernels_of<Gru, A>()}
 
 }  // namespace fusedrnn::cuda

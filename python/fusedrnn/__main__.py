@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import __version__, info
-from .bench.grid import CELLS, DTYPES, MODES, SECTIONS, SHAPES, TELLING, USUAL_CELLS
+from .bench.contestants import CONTESTANTS
+from .bench.grid import CELLS, DTYPES, MODES, QUICK, SECTIONS, SHAPES, TELLING, USUAL_CELLS
+from .bench.peers import PEERS, installed
 from .engines import ENGINES
 
 if TYPE_CHECKING:
@@ -69,13 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_demo, needs=("rich", "matplotlib"))
 
     command = commands.add_parser("bench", help="time fusedrnn against its peers; tables, plot and JSON")
-    command.add_argument("--only", choices=SECTIONS, help="one part of the benchmark (default: all)")
+    command.add_argument("--only", type=_some_of(SECTIONS), help=f"of {', '.join(SECTIONS)} (default: all)")
     command.add_argument("--cells", type=_some_of(CELLS), default=list(USUAL_CELLS), help=f"of {', '.join(CELLS)}")
     command.add_argument("--modes", type=_some_of(MODES), default=list(MODES), help=f"of {', '.join(MODES)}")
     command.add_argument("--threads", type=_threads, help="such as 1,2 (default: one, and as many as torch uses)")
-    command.add_argument("--shapes", type=_shapes, default=list(SHAPES), help=f"all, or of {', '.join(SHAPES)}")
+    command.add_argument("--shapes", type=_shapes, help=f"all, or of {', '.join(SHAPES)} (default: all)")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
-    command.add_argument("--budget", type=float, default=1.0, help="seconds of timing per cell (default: 1)")
+    command.add_argument("--peers", type=_some_of(tuple(PEERS)), help=f"of {', '.join(PEERS)} (default: the installed)")
+    command.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; a small part of the budget")
+    command.add_argument("--budget", type=float, help="seconds of timing per cell (default: 0.6; 0.2 with --quick)")
     command.add_argument("--out", type=Path, help="results (default: bench/results/cpu-<processor>.json)")
     command.add_argument(
         "--render", type=Path, metavar="RESULTS", help="measure nothing: make the README's table and plot"
@@ -165,15 +169,21 @@ def _bench(options: argparse.Namespace) -> int:
         render(_console(), options.render, options.plot)
         return 0
     wanted = Options(
-        sections=list(SECTIONS) if options.only is None else [options.only],
+        sections=options.only or list(SECTIONS),
         cells=options.cells,
         modes=options.modes,
         threads=options.threads or sorted({1, torch.get_num_threads()}),
-        shapes=options.shapes,
+        shapes=options.shapes or list(QUICK if options.quick else SHAPES),
         dtype=options.dtype,
-        budget=options.budget,
+        budget=options.budget if options.budget is not None else 0.2 if options.quick else 0.6,
+        peers=_contestants(options.peers),
     )
     return 0 if run(_console(), wanted, options.out) else 1
+
+
+def _contestants(wanted: list[str] | None) -> list[str]:
+    """Those asked for, fusedrnn and torch.nn always among them."""
+    return [name for name in PEERS if name in (wanted or installed()) or name in CONTESTANTS]
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .engines import ENGINES
 from .engines.base import Call, Engine, Outputs, Saved
-from .torch_state import legacy_batched, unusual_mode
+from .torch_state import in_forward_mode, legacy_batched, unusual_mode
 
 
 def forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
@@ -54,7 +54,7 @@ class Layer(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count + 3 :]
         needs = ctx.needs_input_grad[2:]
-        if legacy_batched(grads):
+        if legacy_batched(grads) or in_forward_mode():
             result = gradient(ENGINES["reference"], ctx.template.with_tensors(tensors), grads, needs)
         elif unusual_mode() is not None:
             from . import ops

@@ -1,6 +1,6 @@
 """The table of cells: what an engine must know about a cell besides its gate arithmetic.
 
-The arithmetic stands once per language: in ``csrc/cells/*.h`` for C++ and CUDA, in ``engines/numba.py``
+The arithmetic stands once per language: in ``csrc/cells/*.h`` for C++ and CUDA, in ``engines/_numba_kernels.py``
 for Numba, and here, as ``step``, in torch operations that the reference engine differentiates.
 """
 

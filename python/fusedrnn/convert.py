@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeVar
 
 import torch
@@ -27,8 +26,8 @@ _STOCK = {ours: stock for stock, ours in _OURS.items()}
 _NAMES = frozenset(stock.__name__ for stock in _OURS)
 #: What a subclass may not redefine, if the forward of ours is to do what the subclass's own would.
 _OF_FORWARD = frozenset({"forward", "__call__", "check_input", "check_forward_args", "check_hidden_size"})
-#: The classes made by ``_class_for``, and what they were made for.
-_MADE_FOR: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+#: What each class becomes and was, those included that ``_class_for`` has made for subclasses.
+_AFTER, _BEFORE = dict(_OURS), dict(_STOCK)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def survey(model: torch.nn.Module) -> Survey:
         a :class:`Survey`; ``str`` of it is a text to read.
     """
     found = ((name, module, _judge(module)) for name, module in model.named_modules())
-    return Survey(tuple(Finding(name, _kind(module), *verdict) for name, module, verdict in found if verdict))
+    return Survey(tuple(Finding(name, _kind(m), verdict[0], verdict[1]) for name, m, verdict in found if verdict))
 
 
 def _kind(module: torch.nn.Module) -> str:
@@ -109,22 +108,25 @@ def _stock_base(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     return next(base for base in kind.__mro__ if base in _OURS)
 
 
-@cache
 def _class_for(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """The class of ours that stands in for torch.nn's or, with all that it has of its own, for a subclass of it."""
-    if kind in _OURS:
-        return _OURS[kind]
+    if kind in _AFTER:
+        return _AFTER[kind]
 
     def reduce(self: torch.nn.Module, protocol: int) -> tuple[object, ...]:
-        _, _, state, *_ = object.__reduce_ex__(self, 2)
-        return _restore, (kind,), state
+        return _restore, (kind,), object.__reduce_ex__(self, 2)[2]
 
     made = type(
         kind.__name__,
         (_OURS[_stock_base(kind)], kind),
-        {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "__reduce_ex__": reduce},
+        {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+            "__reduce_ex__": reduce,
+        },
     )
-    _MADE_FOR[made] = kind
+    _AFTER[kind], _BEFORE[made] = made, kind
     return made
 
 
@@ -174,7 +176,7 @@ def revert(model: Model) -> Model:
         ``model``.
     """
     for module in model.modules():
-        before = _STOCK.get(type(module)) or _MADE_FOR.get(type(module))
+        before = _BEFORE.get(type(module))
         if before is not None and "learn_initial_state" not in vars(module):
             module.__class__ = before  # type: ignore[assignment]
     return model

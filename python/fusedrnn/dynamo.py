@@ -33,9 +33,7 @@ def allow(is_ours: Callable[[torch.nn.Module], bool]) -> None:
         sys.meta_path.insert(0, _AfterImport(_BUILDER, patch))
 
 
-def _with_allow_rnn(
-    wrap_module: Callable[..., Any], is_ours: Callable[[torch.nn.Module], bool]
-) -> Callable[..., Any]:
+def _with_allow_rnn(wrap_module: Callable[..., Any], is_ours: Callable[[torch.nn.Module], bool]) -> Callable[..., Any]:
     @wraps(wrap_module)
     def wrapper(self: Any, value: torch.nn.Module) -> Any:
         if not is_ours(value):

@@ -32,7 +32,8 @@ def _autocast_target(
     Autocast lowers the products only. The sum with the state, where there is one, raises the result again; and float64
     is left alone.
     """
-    state = next((h.dtype for h in hx if h is not None), input.dtype)
+    given = [h.dtype for h in hx if h is not None]
+    state = given[0] if given else input.dtype
     if torch.float64 in (input.dtype, state):
         return torch.float64
     if cell.mode.startswith("RNN") or (cell.name == "lstm" and whole and torch.float16 not in (input.dtype, state)):

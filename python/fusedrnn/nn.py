@@ -34,7 +34,7 @@ def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
 class _Fused(torch.nn.Module):
     """What all our modules have."""
 
-    def __prepare_scriptable__(self) -> NoReturn:
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.script"))
 
 

@@ -22,6 +22,7 @@ from .cells import CELLS
 from .engines import ENGINES, Choice, announce, choose
 from .engines.base import Call, Engine, Outputs, Saved
 from .torch_state import (
+    VMAP_RULES,
     apply_here,
     autograd_enabled_again,
     has_tangent,
@@ -31,7 +32,7 @@ from .torch_state import (
     why_operators_do_not_apply,
 )
 
-_LIBRARY = torch.library.Library("fusedrnn", "DEF")
+_LIBRARY: Any = torch.library.Library("fusedrnn", "DEF")  # type: ignore[no-untyped-call]
 # The arguments of a Call; the results are those of an engine, without the output if `sequence` is false.
 _CALL = (
     "str cell, Tensor input, Tensor?[] hx, Tensor?[] weights, Tensor? batch_sizes, bool sequence, Tensor? lengths, "
@@ -70,9 +71,7 @@ def _of_states(call: Call) -> tuple[Any, ...]:
     return list(call.reset_state), call.every_state
 
 
-def _call(
-    cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, *of_sequence: Any
-) -> Call:
+def _call(cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, *of_sequence: Any) -> Call:
     *rest, reset_state, every_state = of_sequence
     return Call(CELLS[cell], input, tuple(hx), tuple(weights), *rest, tuple(reset_state), every_state)
 
@@ -104,13 +103,16 @@ def _by_reference(call: Call, reason: str) -> Outputs:
 def _run(call: Call, choice: Choice, save: bool) -> tuple[list[Tensor], list[Tensor]]:
     call = call.with_tensors([plain(t) for t in call.tensors()])
     choice.route = "called as an operator of torch (torch.ops.fusedrnn)"
+    keeps = bool(choice.engine.saved_shapes(call))
+    if save and not keeps and not choice.engine.traceable:
+        choice.route += "; backward will run forward again"
     announce(call, choice)
-    outputs, saved = autograd.forward(choice.engine, call, save and not choice.engine.traceable)
+    outputs, saved = autograd.forward(choice.engine, call, save and keeps)
     return [_owned(t, choice.engine) for t in _present(outputs)], list(saved)
 
 
 def _owned(tensor: Tensor, engine: Engine) -> Tensor:
-    """A contiguous tensor with memory of its own: torch operations may return the same memory twice, or the argument's."""
+    """A contiguous tensor with memory of its own: torch operations may return the same memory twice."""
     return tensor.detach().clone(memory_format=torch.contiguous_format) if engine.traceable else tensor.contiguous()
 
 
@@ -135,7 +137,9 @@ def _layer_backward(grads: _Tensors, *arguments: Any) -> list[Tensor]:
     grads = [plain(g) for g in grads] if call.sequence else [None, *map(plain, grads)]
     if engine.traceable:
         with autograd_enabled_again():
-            variables = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
+            variables = [
+                None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)
+            ]
             found = autograd.gradient(engine, call.with_tensors(variables), grads, needs)
     else:
         call = call.with_tensors(tensors)
@@ -193,7 +197,7 @@ def _below_autograd(operator: Callable[..., list[Tensor]], *arguments: Any) -> l
 
 
 def _inside_function(operator: Callable[..., list[Tensor]], *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator below the level of a Function, which disables gradients for all levels of torch.func below it too."""
+    """The operator below the level of a Function, which disables gradients for levels of torch.func below it too."""
     with torch.enable_grad():
         return tuple(_below_autograd(operator, *arguments))
 
@@ -212,8 +216,7 @@ def _layer_autograd(*arguments: Any) -> list[Tensor]:
         return _present(_by_reference(call, "inside forward-mode differentiation"))
     if not _wants_gradient(call.tensors()):
         return _below_autograd(_OPERATORS.layer.default, *arguments)
-    results = _OPERATORS.layer_with_saved.default(*arguments, choose(call).engine.name)
-    return results[: _count(call)]  # type: ignore[no-any-return]
+    return _layer_with_saved_autograd(*arguments, choose(call).engine.name)[: _count(call)]
 
 
 def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
@@ -227,9 +230,7 @@ def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
 
 class _LayerWithSaved(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, engine: str, template: Call, *along_and_tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, engine: str, template: Call, *along_and_tensors: Tensor | None) -> tuple[Tensor, ...]:
         operator = _OPERATORS.layer_with_saved.default
         results = _inside_function(operator, *_arguments(_restored(template, along_and_tensors)), engine)
         ctx.engine, ctx.template, ctx.count = engine, template, len(along_and_tensors)
@@ -300,7 +301,7 @@ class _LayerBackward(torch.autograd.Function):
             present = [g for g in found if g is not None]
             return tuple(present[k] for k in given)
 
-        _, pull = torch.func.vjp(first, *(tensors[k] for k in asked))
+        pull = torch.func.vjp(first, *(tensors[k] for k in asked))[1]
         values = dict(zip(asked, pull(tuple(second[k] for k in given)), strict=True))
         return *(None,) * (4 + _ALONG), *(values.get(k) for k in range(len(tensors)))
 
@@ -331,7 +332,7 @@ def _reference_gradient(call: Call, grads: _Tensors, needs: Sequence[bool]) -> t
         results = ENGINES["reference"].forward(of_variables, save=False)[0]
         return tuple(o for o, g in zip(results, grads, strict=True) if o is not None and g is not None)
 
-    _, pull = torch.func.vjp(outputs, *(tensors[k] for k in wanted))
+    pull = torch.func.vjp(outputs, *(tensors[k] for k in wanted))[1]
     found = iter(pull(tuple(g for g in grads if g is not None)))
     return tuple(next(found) if need else None for need in needs)
 
@@ -375,7 +376,7 @@ def _marks(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _members_of_rows(results: Sequence[Tensor], size: int) -> tuple[list[Tensor], list[int]]:
-    split = [t.unflatten(-2, (-1, size)) for t in results]
+    split = [t.view(*t.shape[:-2], -1, size, t.shape[-1]) for t in results]
     return split, [t.dim() - 2 for t in split]
 
 
@@ -432,19 +433,16 @@ def _layer_backward_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tup
 
 
 # The kernels take any strides. Older releases of torch do not know the second tag, and act so without.
-_TAGS = tuple(
-    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, name)
-)
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "flexible_layout") if hasattr(torch.Tag, name))
 
 
-def _register(
-    name: str, schema: str, kernel: Any, fake: Any, autograd_rule: Any, vmap_rule: Any
-) -> None:
+def _register(name: str, schema: str, kernel: Any, fake: Any, autograd_rule: Any, vmap_rule: Any) -> None:
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd_rule, "Autograd")
     torch.library.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"fusedrnn::{name}", vmap_rule, lib=_LIBRARY)
+    if VMAP_RULES:
+        torch.library.register_vmap(f"fusedrnn::{name}", vmap_rule, lib=_LIBRARY)
 
 
 _register("layer", f"({_CALL}) -> Tensor[]", _layer, _layer_fake, _layer_autograd, _layer_vmap)

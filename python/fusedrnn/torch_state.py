@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -18,6 +20,7 @@ _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 _AUTOGRAD_KEYS = tuple(
     getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 )
+VMAP_RULES = hasattr(torch.library, "register_vmap")
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
@@ -33,7 +36,7 @@ def unusual_mode() -> str | None:
         return "torch is compiling or tracing"
     if _functorch_level() is not None:
         return "inside a torch.func transform"
-    if in_forward_mode():
+    if forward_ad._current_level >= 0:
         return "inside forward-mode differentiation"
     if _dispatch_modes():
         return "inside a torch dispatch mode"
@@ -60,10 +63,12 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
     """
     if torch.compiler.is_compiling():
         return None
+    if not VMAP_RULES and _functorch_level() is not None:
+        return "operators have no rules for torch.func before torch 2.5"
     for tensor in tensors:
-        kind = type(tensor)
+        kind: Any = type(tensor)
         if (
-            isinstance(tensor, Tensor)
+            tensor is not None
             and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
             and not kind.__module__.startswith("torch._subclasses.")
         ):
@@ -113,8 +118,11 @@ def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tupl
 
     ``Function.apply`` would hand the call to all levels of torch.func, but the kernel runs at one of them already.
     """
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    if _functorch_level() is None:
+        return apply(*arguments)  # type: ignore[no-any-return]
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[no-any-return,misc]
+        return apply(*arguments)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -135,7 +143,7 @@ NO_OPERATORS_THERE = (
 
 def refuse_jit_trace() -> None:
     """Raise RuntimeError if torch.jit.trace is at work."""
-    if torch.jit.is_tracing():
+    if _tracing_state() is not None:
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.trace"))
 
 

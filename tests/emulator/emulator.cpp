@@ -1,5 +1,3 @@
-#include "../../csrc/cuda/device.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,15 +9,18 @@
 #include <unordered_map>
 #include <vector>
 
-#ifndef __x86_64__
+#include "../../csrc/cuda/device.h"
+
+#if !defined(__x86_64__) || defined(FUSEDRNN_PORTABLE_FIBERS)
 #include <ucontext.h>
 #endif
 
 namespace fusedrnn::emulator {
 namespace {
 
-// A place to continue at. Switching by hand takes some 10 ns, by ucontext, which asks the kernel, 240.
-#ifdef __x86_64__
+// A place to continue at. By hand, or with FUSEDRNN_PORTABLE_FIBERS and elsewhere by ucontext, which is slower because
+// it asks the kernel at each switch.
+#if defined(__x86_64__) && !defined(FUSEDRNN_PORTABLE_FIBERS)
 struct Context {
   void* stack;
 };
@@ -271,8 +272,10 @@ std::string at(const Site& site) {
 std::string who_waits(const Machine& m) {
   std::map<std::string, std::pair<std::string, int>> groups;
   for (const Fiber& f : m.fibers) {
-    const std::string what =
-        "CTA " + std::to_string(f.cta) + ": " + (f.done ? "ended" : f.waiting ? "in " + at(f.waits_in) : "ready");
+    const std::string what = "CTA " + std::to_string(f.cta) + ": " +
+                             (f.done      ? "ended"
+                              : f.waiting ? "in " + at(f.waits_in)
+                                          : "ready");
     auto& group = groups[what];
     if (!group.second++) group.first = std::to_string(f.index);
   }

@@ -21,7 +21,8 @@ PYBIND11_MODULE(_cuda_emulated, m) {
       .value("wait", Fault::wait)
       .value("fragment", Fault::fragment)
       .value("buffer", Fault::buffer)
-      .value("copy_wait", Fault::copy_wait);
+      .value("copy_wait", Fault::copy_wait)
+      .value("launch", Fault::launch);
   m.def(
       "schedule", [](Schedule schedule, uint64_t seed) { settings().schedule = schedule, settings().seed = seed; },
       py::arg("schedule") = Schedule::in_order, py::arg("seed") = 0);
@@ -30,8 +31,9 @@ PYBIND11_MODULE(_cuda_emulated, m) {
       py::arg("fault") = Fault::none, py::arg("call") = -1);
   m.def(
       "set_device",
-      [](int processors, int64_t shared_bytes, bool cooperative) {
-        device().processors = processors, device().shared_bytes = shared_bytes, device().cooperative = cooperative;
+      [](int processors, int64_t shared_bytes, bool cooperative, std::pair<int, int> capability) {
+        device() = {"emulated GPU", capability.first, capability.second, processors, shared_bytes, cooperative};
       },
-      py::arg("processors") = 16, py::arg("shared_bytes") = 227 << 10, py::arg("cooperative") = true);
+      py::arg("processors") = 16, py::arg("shared_bytes") = 227 << 10, py::arg("cooperative") = true,
+      py::arg("capability") = std::make_pair(9, 0));
 }

@@ -2,6 +2,9 @@
 #include "../../csrc/cuda/runtime.h"
 
 #include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
 
 #include "../../csrc/cuda/device.h"
 #include "runtime.h"
@@ -28,13 +31,41 @@ int64_t resident_ctas(Kernel, int, int64_t, const DeviceFacts& facts) { return f
 void zero(void* memory, int64_t bytes, Stream) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {
+  if (emulator::settings().fault == emulator::Fault::launch)
+    throw std::runtime_error("the launch of the recurrence was refused: as the tests want it");
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments); });
 }
 
-void write_arguments(Arguments* to, const Arguments& from, Stream) { *to = from; }
+void write_arguments(StepArguments* to, const StepArguments& from, Stream) { *to = from; }
 
-void launch(StepKernel kernel, const Shape& shape, const Arguments* arguments, int64_t step) {
+void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments, step); });
+}
+
+bool is_capturing(Stream) { return false; }
+
+namespace {
+class RecordedSteps : public StepGraph {
+ public:
+  RecordedSteps(StepKernel kernel, const Shape& shape) : kernel_(kernel), shape_(shape) {}
+  StepArguments* arguments() override { return &arguments_; }
+  void launch() override {
+    for (int64_t step = 0; step < graph_steps; ++step) runtime::launch(kernel_, shape_, &arguments_, step);
+    arguments_.first_step += graph_steps;
+  }
+
+ private:
+  const StepKernel kernel_;
+  const Shape shape_;
+  StepArguments arguments_{};
+};
+}  // namespace
+
+StepGraph* step_graph(StepKernel kernel, const Shape& shape) {
+  static std::map<std::pair<StepKernel, int64_t>, std::unique_ptr<StepGraph>> graphs;
+  auto& graph = graphs[{kernel, shape.ctas}];
+  if (!graph) graph = std::make_unique<RecordedSteps>(kernel, shape);
+  return graph.get();
 }
 
 }  // namespace fusedrnn::cuda::runtime

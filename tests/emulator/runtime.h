@@ -5,4 +5,4 @@
 namespace fusedrnn::emulator {
 // The GPU that the emulator claims to be; the tests may change it.
 cuda::DeviceFacts& device();
-}
+}  // namespace fusedrnn::emulator

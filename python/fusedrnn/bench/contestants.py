@@ -22,18 +22,38 @@ FUSEDRNN, TORCH = "fusedrnn", "torch.nn"
 Run = Callable[[], list[Tensor]]
 
 
+class NotOfferedError(Exception):
+    """A contestant has nothing to run a task with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task in a contestant's own terms, ready to run; called, it is a :data:`Run`.
+
+    Attributes:
+        call: does the work; this is what is timed.
+        tensors: makes what a ``Run`` returns of what ``call`` returned.
+    """
+
+    call: Callable[[], Any]
+    tensors: Callable[[Any], list[Tensor]] = list
+
+    def __call__(self) -> list[Tensor]:
+        return self.tensors(self.call())
+
+
 @dataclass(frozen=True)
 class Task:
     """A cell of the grid with its data, the same for every contestant.
 
     Attributes:
         module: a torch.nn module: the weights.
-        data: (T, B, I), or packed (tokens, I).
+        data: (T, B, I), packed (tokens, I), or (B, I) for a module that does one step.
         batch_sizes: of packed data, rows active at each step.
         grad_output: the gradient that reaches the output, shaped as the output; None for inference.
     """
 
-    module: torch.nn.RNNBase
+    module: torch.nn.RNNBase | torch.nn.RNNCellBase
     data: Tensor
     batch_sizes: Tensor | None
     grad_output: Tensor | None
@@ -81,25 +101,25 @@ def make_task(cell: str, shape: Shape, mode: str, dtype: torch.dtype, device: to
     return Task(module, data.requires_grad_(), batch_sizes, grad_output)
 
 
-def _run_module(module: torch.nn.Module, task: Task) -> Run:
+def run_module(module: torch.nn.Module, task: Task) -> Job:
     """Forward, and for training backward to the input and the weights. Gradient mode is the caller's."""
-    input, weights = task.input, list(module.parameters())
+    input, leaves = task.input, [task.data, *module.parameters()]
 
-    def infer() -> list[Tensor]:
-        output = module(input)[0]
-        return [output.data if isinstance(output, PackedSequence) else output]
+    def output(result: Any) -> Tensor:
+        first = result[0] if isinstance(result, tuple) else result
+        return first.data if isinstance(first, PackedSequence) else first
 
     def train() -> list[Tensor]:
-        (output,) = infer()
-        return [output, *torch.autograd.grad(output, [task.data, *weights], task.grad_output)]
+        result = output(module(input))
+        return [result, *torch.autograd.grad(result, leaves, task.grad_output)]
 
-    return train if task.training else infer
+    return Job(train) if task.training else Job(lambda: module(input), lambda result: [output(result)])
 
 
-#: The contestants; the others are compared with torch.nn. A new peer is a new entry.
-CONTESTANTS: dict[str, Callable[[Task], Run]] = {
-    FUSEDRNN: lambda task: _run_module(fused_copy(task.module), task),
-    TORCH: lambda task: _run_module(task.module, task),
+#: The contestants that any process can run and that a GPU knows; the others, in ``peers``, are compared with torch.nn.
+CONTESTANTS: dict[str, Callable[[Task], Job]] = {
+    FUSEDRNN: lambda task: run_module(fused_copy(task.module), task),
+    TORCH: lambda task: run_module(task.module, task),
 }
 
 #: By how much two contestants may differ, as a part of a tensor's largest value. torch's kernels round every step to

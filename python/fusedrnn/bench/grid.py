@@ -11,7 +11,7 @@ CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 USUAL_CELLS = ("lstm", "gru", "rnn_tanh")  # what is measured unless others are asked for
 MODES = ("inference", "training")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-SECTIONS = ("grid", "overhead", "memory")
+SECTIONS = ("grid", "overhead", "step", "packed", "memory", "first call", "contention", "accuracy")
 
 #: The kinds of shapes. Shapes of kind ODD show the edges; they do not count in any mean.
 ONE_STEP, BATCH_1, TRAINING, LONG_THIN, ODD = "one step", "batch 1", "training shapes", "RL and long-thin", "odd"
@@ -95,6 +95,9 @@ SHAPES = {
         Shape(100, 32, 128, 128, ODD, shortest=25),
     )
 }
+
+#: One small shape of each kind that counts, for a look within a minute or two.
+QUICK = ("1x1x64x64", "100x1x128x128", "100x32x128x128", "20x16x128x128")
 
 #: The kinds of shapes of the GPU's grid: widths.
 GPU_KINDS = ("H 64, 128", "H 256, 512", "H 768, 1024", "H 1536, 2048")

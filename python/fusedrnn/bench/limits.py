@@ -1,10 +1,18 @@
-"""How much arithmetic a cell of the grid needs, and how fast a GPU can do it at best."""
+"""How much arithmetic a cell of the grid needs, and how fast this machine can do it at best."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
+from typing import Any
 
 import torch
 
 from ..cells import CELLS
+from ..engines import cpu
 from .grid import Precision, Shape
 from .timer import Clock
 
@@ -12,6 +20,10 @@ from .timer import Clock
 #: for Hopper, not a measurement.
 _EXCHANGE = 0.45e-6
 _PEAK_WIDTH = 8192
+
+#: What is read again and again to measure how fast reading is, bytes per thread: from every L1 cache to memory.
+_READ_SIZES = tuple(1 << power for power in range(14, 28))
+_ITEM = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 def flops(cell: str, shape: Shape, mode: str) -> int:
@@ -67,3 +79,108 @@ def floor(cell: str, shape: Shape, mode: str, rate: float) -> float:
     """
     passes = 2 if mode == "training" else 1
     return flops(cell, shape, mode) / rate + passes * shape.T * shape.layers * _EXCHANGE
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast some cores of the CPU are at best, all together.
+
+    Attributes:
+        threads: how many.
+        flops: floating-point operations per second of multiply-adds, by dtype. bfloat16 is of its own instruction with
+            float32 sums, and missing where there is none.
+        read: bytes per second, by the bytes that each thread reads again and again.
+    """
+
+    threads: int
+    flops: dict[str, float]
+    read: dict[int, float]
+
+    def peak(self, dtype: str) -> float:
+        """Floating-point operations per second at a dtype; the short ones are computed in float32 if need be."""
+        return self.flops.get(dtype, self.flops["float32"])
+
+    def bandwidth(self, share: float) -> float:
+        """Bytes per second at the smallest measured size in which each thread's share fits, or the largest.
+
+        What can be had of more memory can be had of less, so a larger size that was read faster counts instead: the
+        machine had other work when it read the smaller one.
+        """
+        return max(rate for size, rate in self.read.items() if size >= min(share, max(self.read)))
+
+    def best_of(self, other: Rates) -> Rates:
+        """The higher of each of two measurements: other work on the machine can only lower one."""
+        flops = {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()}
+        return Rates(self.threads, flops, {size: max(rate, other.read[size]) for size, rate in self.read.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, where keys are strings."""
+        return {"flops": self.flops, "read": {str(size): rate for size, rate in self.read.items()}}
+
+
+def measure_rates(cores: Sequence[int], seconds: float = 0.05) -> Rates | None:
+    """Measure some cores at work together.
+
+    Args:
+        cores: numbers of the cores, one for each thread.
+        seconds: for each of about twenty probes.
+
+    Returns:
+        None if the compiled module, which holds the probes, is missing.
+    """
+    module = cpu._cpu
+    if module is None:
+        return None
+    start = Barrier(len(cores))
+
+    def on(core: int, probe: Callable[[], float | None]) -> float | None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, [core])  # of this thread only
+        start.wait()
+        return probe()
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+
+        def together(probe: Callable[[], float | None]) -> float | None:
+            rates = list(pool.map(lambda core: on(core, probe), cores))
+            return None if None in rates else sum(rate for rate in rates if rate is not None)
+
+        flops = {}
+        for dtype in ("float32", "float64", "bfloat16"):
+            rate = together(lambda dtype=dtype: module.probe_multiply_adds(dtype, seconds))  # type: ignore[misc]
+            if rate is not None:
+                flops[dtype] = rate
+        read = {}
+        for size in _READ_SIZES:
+            read[size] = together(lambda size=size: module.probe_read(size, seconds)) or 0.0  # type: ignore[misc]
+    return Rates(len(cores), flops, read)
+
+
+def cpu_floor(cell: str, shape: Shape, mode: str, dtype: str, rates: Rates) -> float:
+    """Seconds in which the CPU could run a cell of the grid at best.
+
+    For batches, all products at the peak of multiply-adds. A single sequence must read the recurrent weights at every
+    step of each pass, so there it is the products that need not wait for a step (of the inputs, and in training those
+    for the input's and all weights' gradients) at the peak, and the reading at the bandwidth of the cache level where
+    each thread's share of the weights fits.
+
+    Args:
+        cell: a name in ``grid.CELLS``.
+        shape: the sizes.
+        mode: ``"inference"`` or ``"training"``.
+        dtype: a name in ``grid.DTYPES``.
+        rates: of the cores that it may use.
+    """
+    if shape.B > 1:
+        return flops(cell, shape, mode) / rates.peak(dtype)
+    gates, training = len(CELLS[cell].gates), mode == "training"
+    seconds = 0.0
+    for layer in range(shape.layers):
+        I = shape.I if layer == 0 else shape.directions * shape.H
+        outputs = gates * shape.H * shape.directions
+        products = 2 * shape.tokens * outputs * (3 * I + shape.H if training else I)
+        weights = outputs * shape.H * _ITEM[dtype]
+        passes = 2 if training else 1
+        seconds += products / rates.peak(dtype)
+        seconds += passes * shape.T * weights / rates.bandwidth(weights / rates.threads)
+    return seconds

@@ -1,4 +1,4 @@
-"""What a training step keeps from forward until backward."""
+"""What a training step keeps from forward until backward, and the most that it uses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from .contestants import FUSEDRNN, TORCH, fused_copy, make_task
-from .grid import SHAPES
-from .results import Memory, engines_of
+from .driver import Driver, Outcome, WorkerError
+from .grid import ODD, SHAPES, Shape
+from .results import Finding, engines_of
+
+#: Where ``peak`` is measured: it takes a fresh process for each contestant.
+PEAK_SHAPES = ("100x32x128x128", "100x32x512x512")
 
 
 def saved_bytes(module: torch.nn.Module, input: object) -> int:
@@ -31,8 +35,8 @@ def saved_bytes(module: torch.nn.Module, input: object) -> int:
     return sum(size for address, size in kept.items() if address not in weights)
 
 
-def measure(cell: str, shape: str, dtype: torch.dtype) -> Memory:
-    """Compare what fusedrnn and torch.nn save for one training step.
+def measure(cell: str, shape: str, dtype: torch.dtype) -> Finding:
+    """Compare what fusedrnn and torch.nn save for one training step, in MiB.
 
     Args:
         cell: a name in ``grid.CELLS``.
@@ -41,9 +45,32 @@ def measure(cell: str, shape: str, dtype: torch.dtype) -> Memory:
     """
     task = make_task(cell, SHAPES[shape], "training", dtype)
     modules = {FUSEDRNN: fused_copy(task.module), TORCH: task.module}
-    return Memory(
-        cell=cell,
-        shape=shape,
-        bytes={who: saved_bytes(module, task.input) for who, module in modules.items()},
-        engine=engines_of(modules[FUSEDRNN], task.input),
-    )
+    values = {who: saved_bytes(module, task.input) / 2**20 for who, module in modules.items()}
+    return Finding("memory", f"{cell} {shape}: saved for backward", values, engines_of(modules[FUSEDRNN], task.input))
+
+
+def peak(driver: Driver, cell: str, shape: str, dtype: torch.dtype) -> Finding:
+    """Compare by how much a training step makes a process grow at most, in MiB: its results and all that it uses on
+    the way. Each contestant has run a small step of the cell before, which loads what it needs.
+
+    Args:
+        driver: of the contestants' processes.
+        cell: a name in ``grid.CELLS``.
+        shape: a name in ``grid.SHAPES``.
+        dtype: of everything.
+    """
+    small = make_task(cell, Shape(2, 2, 8, 8, ODD), "training", dtype)
+    task = make_task(cell, SHAPES[shape], "training", dtype)
+    values: dict[str, float] = {}
+    outcome = Outcome()
+    for name in driver.contestants:
+        try:
+            with driver.fresh(name, 1) as handle:
+                handle.ask("load", "small", small)
+                handle.ask("results", "small")
+                handle.ask("load", "step", task)
+                values[name] = handle.ask("peak", "step") / 2**20
+        except WorkerError as error:
+            outcome.note(name, error)
+    what = f"{cell} {shape}: most in use during a step"
+    return Finding("memory", what, values, driver.engine(task, 1), {}, outcome.errors, outcome.refused)

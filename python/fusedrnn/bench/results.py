@@ -11,16 +11,27 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import __version__, installation
 from ..engines import cpu
 from ..report import explain, info
+from .contestants import FUSEDRNN, TORCH
 from .grid import ALL_SHAPES, GPU_KINDS, KINDS, PRECISIONS, Shape
+from .peers import JAX, ONNXRUNTIME, OPENVINO, rivals
 
+if TYPE_CHECKING:
+    from .driver import Outcome
+
+#: From this ratio on a cell does not count as lost: less than what two runs of one program may differ by.
+EVEN = 0.97
+#: Stands for the fastest of the others in each cell.
+BEST_PEER = "best peer"
 #: Combined name of the engine that stands for stock torch, see ``engines_of``.
 _STOCK_ENGINE = "torch"
 
@@ -75,8 +86,11 @@ class Measurement:
         elsewhere: cores that other processes kept busy meanwhile; None if unknown.
         replay: whether a CUDA graph was replayed.
         kernel: what the engine says of its kernel.
-        floor: milliseconds below which no kernel is expected to get; None if unknown, see ``limits.floor``.
+        floor: milliseconds below which no kernel is expected to get; None if unknown, see ``limits``.
         errors: of a contestant that could not run, what it said.
+        refused: names in ``errors`` that offer no such thing.
+        ratios: each other contestant's time over fusedrnn's: quartiles over the rounds.
+        repeated: turns taken again because other processes used the cores.
         commit: of the code that was measured, if known.
     """
 
@@ -98,6 +112,9 @@ class Measurement:
     floor: float | None = None
     errors: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
+    refused: list[str] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    repeated: int = 0
 
     @property
     def group(self) -> Group:
@@ -117,31 +134,76 @@ class Measurement:
         """The ratio as the means count it: where stock torch ran, its noise earns nothing, its overhead counts."""
         return min(1.0, self.ratio) if self.ratio is not None and is_stock(self.engine) else self.ratio
 
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest of those that fusedrnn is measured against here; None if there is none."""
+        return min(rivals(list(self.ms), self.grid_shape.T, self.mode), key=self.ms.__getitem__, default=None)
+
+    @property
+    def peer_ratio(self) -> float | None:
+        """The best peer's time over fusedrnn's: below 1 the peer wins."""
+        quartiles = self.ratios.get(self.best_peer or "")
+        return quartiles[1] if quartiles else None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the rounds' spread excludes that the best peer is faster by more than noise; None if unknown."""
+        quartiles = self.ratios.get(self.best_peer or "")
+        return quartiles[0] >= EVEN if quartiles else None
+
+    def percent(self, contestant: str | None) -> float | None:
+        """How much of the machine's limit a contestant reaches."""
+        if self.floor is None or contestant not in self.ms:
+            return None
+        return 100 * self.floor / self.ms[contestant]
+
     def gflops(self, contestant: str) -> float:
         """Billions of floating-point operations per second."""
         return self.flops / self.ms[contestant] / 1e6
 
 
 @dataclass(frozen=True)
-class Overhead:
-    """One call with next to nothing to compute; median microseconds of each contestant."""
+class Finding:
+    """One row of a section other than the grid.
 
-    module: str
-    mode: str
-    us: dict[str, float]
-    spread: dict[str, float]
-    ratio: float
+    Attributes:
+        section: a name in ``grid.SECTIONS``.
+        what: was measured.
+        values: of each contestant, in the section's unit.
+        spread: interquartile range as a part of the median, where there is one.
+        engine: who served fusedrnn's call.
+        errors: of a contestant that could not run, what it said.
+        refused: names in ``errors`` that offer no such thing.
+    """
+
+    section: str
+    what: str
+    values: dict[str, float]
     engine: str
+    spread: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float | None:
+        """torch.nn's value over fusedrnn's: above 1 fusedrnn needs less."""
+        if not {FUSEDRNN, TORCH} <= self.values.keys() or not self.values[FUSEDRNN]:
+            return None
+        return self.values[TORCH] / self.values[FUSEDRNN]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes saved for backward by one training step of each contestant."""
-
-    cell: str
-    shape: str
-    bytes: dict[str, int]
-    engine: str
+def finding(section: str, what: str, outcome: Outcome, engine: str, unit: float) -> Finding:
+    """What a race showed as a row of a section; ``unit``: how many of the section's units make a second."""
+    timing = outcome.timing
+    return Finding(
+        section,
+        what,
+        {name: unit * timing.median(name) for name in timing.seconds},
+        engine,
+        {name: timing.spread(name) for name in timing.seconds},
+        outcome.faults(),
+        outcome.refused,
+    )
 
 
 @dataclass
@@ -151,8 +213,7 @@ class Results:
     machine: dict[str, Any]
     options: dict[str, Any]
     grid: list[Measurement] = field(default_factory=list)
-    overhead: list[Overhead] = field(default_factory=list)
-    memory: list[Memory] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def groups(self) -> list[Group]:
         """The groups of the grid, in the order in which they were measured."""
@@ -161,6 +222,10 @@ class Results:
     def of(self, group: Group) -> list[Measurement]:
         """The measurements of a group."""
         return [m for m in self.grid if m.group == group]
+
+    def findings_of(self, section: str) -> list[Finding]:
+        """The findings of a section."""
+        return [finding for finding in self.findings if finding.section == section]
 
     @property
     def elsewhere(self) -> float | None:
@@ -201,8 +266,7 @@ class Results:
             record["machine"],
             record["options"],
             [Measurement(**row) for row in record["grid"]],
-            [Overhead(**row) for row in record["overhead"]],
-            [Memory(**row) for row in record["memory"]],
+            [Finding(**row) for row in record.get("findings", [])],
         )
 
 
@@ -255,6 +319,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fusedrnn": __version__,
+        "peers": {name: version(name) for name in (ONNXRUNTIME, OPENVINO, JAX) if find_spec(name)},
         "isa": "no compiled module" if cpu._cpu is None else cpu._cpu.isa(),
         "commit": _commit() or installation.commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -284,3 +349,18 @@ def _commit() -> str | None:
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def limit_means(measurements: Iterable[Measurement], who: str) -> dict[str, float]:
+    """Geometric means of the percentage of the machine's limit, for each kind of shape.
+
+    Args:
+        measurements: of one group.
+        who: a contestant, or ``BEST_PEER`` for the best one of each cell.
+    """
+    found: dict[str, list[float]] = {}
+    for m in measurements:
+        percent = m.percent(m.best_peer if who == BEST_PEER else who)
+        if percent is not None and m.grid_shape.counts:
+            found.setdefault(m.grid_shape.kind, []).append(percent)
+    return {kind: statistics.geometric_mean(values) for kind, values in found.items()}

@@ -6,20 +6,34 @@ import dataclasses
 from collections.abc import Iterable
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from .contestants import FUSEDRNN, TORCH
-from .grid import GPU_KINDS, KINDS, ODD, SHAPES, TRAINING
-from .results import Group, Means, Measurement, Memory, Overhead, Results, is_stock, means
+from .grid import GPU_KINDS, KINDS, ODD
+from .peers import PEERS
+from .results import BEST_PEER, EVEN, Finding, Group, Means, Measurement, Results, is_stock, limit_means, means
 
 #: Behind every number that stock torch, not fusedrnn, is to thank for.
 STOCK_MARK = "*"
 STOCK_NOTE = f"{STOCK_MARK} stock torch ran, not fusedrnn's kernels; in means such a ratio never counts as more than 1"
 #: How to read the tables of the grid.
 LEGEND = (
-    f"shape: T x B x I x H; spread: interquartile range / median of the time; ratio: {TORCH}'s time / {FUSEDRNN}'s, "
-    f"above 1 fusedrnn is faster; {ODD} shapes are outside the means"
+    f"shape: T x B x I x H; behind a time, in percent, the interquartile range / the median; x {TORCH}, x best peer: "
+    f"its time / {FUSEDRNN}'s, above 1 {FUSEDRNN} is faster; < marks a peer that is faster beyond the noise; limit: of "
+    f"what this machine's arithmetic and caches allow, {FUSEDRNN} and the best peer; busy: cores that other processes "
+    f"used; {ODD} shapes are outside the means"
 )
+#: The sections beside the grid: what their numbers are.
+SECTION_TITLES = {
+    "overhead": "One call at T = B = 1, I = H = 8, float32, 1 thread, microseconds",
+    "step": "One more step of a long sequence, B = 1, float32, 1 thread, microseconds",
+    "packed": "Time per real token of a packed batch / of a dense one, float32",
+    "memory": "A training step, 1 thread, MiB, weights left out",
+    "first call": "The first call in a fresh process, milliseconds more than the second, float32, 1 thread",
+    "contention": "Mean time beside a process that keeps one core busy / time alone on 1 thread, float32",
+    "accuracy": "Error of a training step against float64: root mean square, worst of its tensors, machine epsilons",
+}
 _BUSY = 0.1  # cores of other work beyond which the numbers come with a caution
 _NOISY = 0.2  # a spread beyond this is coloured: read such a time with caution
 
@@ -40,10 +54,6 @@ def _note(engines: Iterable[str]) -> str | None:
     return STOCK_NOTE if any(map(is_stock, engines)) else None
 
 
-def _contestants(rows: Iterable[dict[str, float]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def _spread(value: float) -> str:
     return f"[yellow]{value:.0%}[/]" if value > _NOISY else f"{value:.0%}"
 
@@ -52,32 +62,105 @@ def _ratio(value: float | None, engine: str = "") -> str:
     return "wrong" if value is None else f"{value:.2f}{mark(engine)}"
 
 
+def fault(m: Measurement, name: str) -> str:
+    """Why a contestant was not timed."""
+    if name in m.refused:
+        return "-"
+    return m.errors.get(name) or (f"off by {m.disagreement[name]:.0e}" if name in m.disagreement else "")
+
+
+def peer_ratio(m: Measurement) -> str:
+    """The best peer's time over ours, whose it is, and a mark if it is lost."""
+    if m.peer_ratio is None:
+        return ""
+    return f"{m.peer_ratio:.2f} {m.best_peer}{'' if m.holds else ' <'}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
 def group_table(group: Group, rows: list[Measurement]) -> Table:
-    """All shapes of one group: milliseconds and spread of each contestant, ratio, GF/s."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"{group}, {rows[0].dtype}",
-        caption=_note(m.engine for m in rows),
-    )
-    names = _contestants(m.ms | m.disagreement for m in rows)
-    table.add_column("shape")
-    table.add_column("kind")
+    """All shapes of one group: milliseconds and spread of each contestant, ratios, percent of the limit."""
+    title = f"{group}, {rows[0].dtype}"
+    table = Table(box=SIMPLE_HEAD, title=title, caption=_note(m.engine for m in rows), padding=(0, 1, 0, 0))
+    names = [name for name in PEERS if any(name in m.ms or name in m.disagreement or name in m.errors for m in rows)]
+    table.add_column("shape", no_wrap=True)
     for name in names:
-        table.add_column(f"{name}\nms", justify="right", no_wrap=True)
-        table.add_column("spread", justify="right", no_wrap=True)
-    table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("fusedrnn\nGF/s", justify="right", no_wrap=True)
-    table.add_column("engine", no_wrap=True)
+        table.add_column(f"{name}\nms", justify="right")
+    for heading in (f"x\n{TORCH}", "x best peer", "limit\n%", "busy"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for m in rows:
-        times = []
-        for name in names:
-            if name in m.ms:
-                times += [f"{m.ms[name]:.3f}", _spread(m.spread[name])]
-            else:
-                times += [f"[red]off by {m.disagreement[name]:.0e}[/]", ""]
-        speed = f"{m.gflops(FUSEDRNN):.1f}" if FUSEDRNN in m.ms else ""
-        table.add_row(m.shape, m.grid_shape.kind, *times, _ratio(m.ratio, m.engine), speed, m.engine)
+        times = [
+            f"{m.ms[name]:.3f} {_spread(m.spread[name])}" if name in m.ms else f"[red]{escape(fault(m, name))}[/]"
+            for name in names
+        ]
+        peer = peer_ratio(m)
+        percents = " / ".join(_percent(m.percent(name)) for name in (FUSEDRNN, m.best_peer))
+        busy = "" if m.elsewhere is None else f"{m.elsewhere:.2f}"
+        table.add_row(
+            m.shape,
+            *times,
+            _ratio(m.ratio, m.engine),
+            f"[red]{peer}[/]" if m.holds is False else peer,
+            percents,
+            f"[yellow]{busy}[/]" if (m.elsewhere or 0.0) > _BUSY else busy,
+        )
     return table
+
+
+def limits_table(results: Results) -> Table:
+    """What the machine's arithmetic and caches allow, as measured."""
+    table = Table(box=SIMPLE_HEAD, title="This machine's limits: arithmetic in GF/s, reading in GB/s by KiB per thread")
+    limits = results.machine["limits"]
+    table.add_column("threads")
+    rates = list(limits.values())
+    if rates:
+        for heading in (*rates[0]["flops"], *(f"{int(size) >> 10}" for size in rates[0]["read"])):
+            table.add_column(heading, justify="right")
+    for threads, rate in limits.items():
+        values = (*rate["flops"].values(), *rate["read"].values())
+        table.add_row(str(threads), *(f"{value / 1e9:.0f}" for value in values))
+    return table
+
+
+def _limit_cells(results: Results) -> tuple[list[str], list[tuple[Group, list[str]]]]:
+    """Headings and rows of percent of the limit: fusedrnn, the best peer of each cell, torch.nn."""
+    by_group = {
+        group: [limit_means(results.of(group), who) for who in (FUSEDRNN, BEST_PEER, TORCH)]
+        for group in results.groups()
+    }
+    kinds = [kind for kind in KINDS if any(kind in found for means in by_group.values() for found in means)]
+    rows = []
+    for group, found in by_group.items():
+        triples = [[_percent(who.get(kind)) for who in found] for kind in kinds]
+        rows.append((group, [" / ".join(triple) if any(triple) else "" for triple in triples]))
+    return kinds, rows
+
+
+def limit_means_table(results: Results) -> Table:
+    """Percent of the machine's limit, geometric means over each class of shapes, a row for each group."""
+    headings, rows = _limit_cells(results)
+    title = f"Percent of the machine's limit, geometric means: {FUSEDRNN} / {BEST_PEER} / {TORCH}"
+    table = Table(box=SIMPLE_HEAD, title=title)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for group, cells in rows:
+        table.add_row(str(group), *cells)
+    return table
+
+
+def verdict(results: Results) -> str:
+    """In how many cells fusedrnn is at least even with the best peer, and which it loses."""
+    judged = [m for m in results.grid if m.holds is not None]
+    lost = [m for m in judged if not m.holds]
+    text = (
+        f"At least even with the best peer in {len(judged) - len(lost)} of {len(judged)} cells"
+        f" (lower quartile of the rounds' ratios at least {EVEN})"
+    )
+    lines = [f"  {m.group}, {m.shape}: {m.best_peer} is ahead, ratio {m.peer_ratio:.2f}" for m in lost]
+    return "\n".join([f"{text}{':' if lost else '.'}", *lines])
 
 
 def _mean_cells(results: Results) -> tuple[list[str], list[tuple[Group, list[str]]]]:
@@ -110,42 +193,30 @@ def means_table(results: Results) -> Table:
     return table
 
 
-def overhead_table(rows: list[Overhead]) -> Table:
-    """Microseconds of one call at T = B = 1, I = H = 8."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        title="One call at T = B = 1, I = H = 8, float32, 1 thread",
-        caption=_note(row.engine for row in rows),
-    )
-    names = _contestants(row.us for row in rows)
-    for heading in ("module", "mode"):
-        table.add_column(heading)
-    for name in names:
-        table.add_column(f"{name}\nus", justify="right")
-        table.add_column("spread", justify="right")
-    table.add_column("ratio", justify="right")
-    for row in rows:
-        times = [cell for name in names for cell in (f"{row.us[name]:.1f}", _spread(row.spread[name]))]
-        table.add_row(row.module, row.mode, *times, _ratio(row.ratio, row.engine))
-    return table
+def _finding_cells(rows: list[Finding]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a section, the same for terminal and README."""
+    names = [name for name in PEERS if any(name in row.values or name in row.errors for row in rows)]
+
+    def cell(row: Finding, name: str) -> str:
+        if name in row.values:
+            return f"{row.values[name]:.3g}"
+        return "-" if name in row.refused else row.errors.get(name, "")
+
+    lines = [
+        [row.what, *(cell(row, name) for name in names), "" if row.ratio is None else _ratio(row.ratio, row.engine)]
+        for row in rows
+    ]
+    return ["", *names, f"{TORCH} / {FUSEDRNN}"], lines
 
 
-def memory_table(rows: list[Memory]) -> Table:
-    """MiB that a training step saves for backward."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        title="Saved for backward by one training step, weights left out",
-        caption=_note(row.engine for row in rows),
-    )
-    names = _contestants(dict.fromkeys(row.bytes, 0.0) for row in rows)
-    table.add_column("cell")
-    table.add_column("shape")
-    for name in names:
-        table.add_column(f"{name}\nMiB", justify="right")
-    table.add_column("fusedrnn / torch.nn", justify="right")
-    for row in rows:
-        sizes = [f"{row.bytes[name] / 2**20:.2f}" for name in names]
-        table.add_row(row.cell, row.shape, *sizes, _ratio(row.bytes[FUSEDRNN] / row.bytes[TORCH], row.engine))
+def findings_table(section: str, rows: list[Finding]) -> Table:
+    """One section beside the grid."""
+    headings, lines = _finding_cells(rows)
+    table = Table(box=SIMPLE_HEAD, title=SECTION_TITLES[section], caption=_note(row.engine for row in rows))
+    for k, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if k else "left")
+    for line in lines:
+        table.add_row(*map(escape, line))
     return table
 
 
@@ -161,18 +232,18 @@ def markdown(results: Results) -> str:
         if warning := caution(results):
             parts.append(warning)
         parts.append(_markdown_table(["", *headings], [[str(group), *cells] for group, cells in rows]))
-    if results.overhead:
-        parts.append("One call at T = B = 1, I = H = 8, 1 thread, microseconds:")
-        lines = [
-            [o.module, o.mode, f"{o.us[FUSEDRNN]:.1f}", f"{o.us[TORCH]:.1f}", _ratio(o.ratio, o.engine)]
-            for o in results.overhead
-        ]
-        parts.append(_markdown_table(["module", "mode", FUSEDRNN, TORCH, "ratio"], lines))
-    if saved := [row for row in results.memory if SHAPES[row.shape].kind == TRAINING]:
-        parts.append(f"Saved for backward by one training step, MiB, weights left out ({TRAINING}):")
-        parts.append(_markdown_table(*_memory_cells(saved)))
-    rows_of_all: tuple[Measurement | Overhead | Memory, ...] = (*results.grid, *results.overhead, *saved)
-    note = _note(row.engine for row in rows_of_all)
+    if any(m.floor is not None and m.threads for m in results.grid):
+        headings, rows = _limit_cells(results)
+        parts.append(
+            f"Percent of the machine's limit (arithmetic and caches, measured in the same run), geometric means: "
+            f"{FUSEDRNN} / best peer of each cell / {TORCH}:"
+        )
+        parts.append(_markdown_table(["", *headings], [[str(group), *cells] for group, cells in rows]))
+        parts.append(verdict(results).replace("\n  ", "\n- "))
+    for section, title in SECTION_TITLES.items():
+        if found := results.findings_of(section):
+            parts += [f"{title}:", _markdown_table(*_finding_cells(found))]
+    note = _note([*(m.engine for m in results.grid), *(finding.engine for finding in results.findings)])
     return "\n\n".join(parts if note is None else [*parts, _escape(note)])
 
 
@@ -215,22 +286,6 @@ def _per_step(m: Measurement | None) -> list[str]:
         return f"off by {m.disagreement[name]:.0e}" if name in m.disagreement else m.errors.get(name, "")
 
     return [cell(FUSEDRNN), cell(TORCH), "" if m.ratio is None else _ratio(m.ratio, m.engine)]
-
-
-def _memory_cells(rows: list[Memory]) -> tuple[list[str], list[list[str]]]:
-    """A row for each shape, two columns for each cell."""
-    cells = list(dict.fromkeys(row.cell for row in rows))
-    found = {(row.cell, row.shape): row for row in rows}
-    table = []
-    for shape in dict.fromkeys(row.shape for row in rows):
-        line = [shape]
-        for cell in cells:
-            row = found[cell, shape]
-            line += [
-                f"{row.bytes[name] / 2**20:.2f}{mark(row.engine) * (name == FUSEDRNN)}" for name in (FUSEDRNN, TORCH)
-            ]
-        table.append(line)
-    return ["shape", *(f"{cell} {name}" for cell in cells for name in (FUSEDRNN, TORCH))], table
 
 
 def _escape(text: str) -> str:

@@ -54,7 +54,7 @@ class Timing:
 
     @property
     def rounds(self) -> int:
-        return min(map(len, self.seconds.values()))
+        return min(map(len, self.seconds.values()), default=0)
 
     def median(self, name: str) -> float:
         """Median over rounds, in seconds."""
@@ -67,7 +67,13 @@ class Timing:
 
     def ratio(self, slow: str, fast: str) -> float:
         """How many times as long ``slow`` takes as ``fast``: the median of the rounds' ratios."""
-        return statistics.median(s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=True))
+        return self.ratios(slow, fast)[1]
+
+    def ratios(self, slow: str, fast: str) -> tuple[float, float, float]:
+        """The quartiles of the rounds' ratios, over the rounds that both ran."""
+        rounds = [s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=False)]
+        low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive")
+        return low, middle, high
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], budget: float, clock: Clock = processor_clock) -> Timing:
@@ -87,19 +93,20 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: float, clock: 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     with _no_garbage_collection():
-        busy, begin = _busy_elsewhere(), perf_counter()
+        busy, begin = busy_elsewhere(), perf_counter()
         for done in range(_MAX_ROUNDS):
             if done >= _MIN_ROUNDS and perf_counter() >= begin + budget:
                 break
             for name in order:
                 seconds[name].append(clock(calls[name], repeats[name]))
             order.reverse()
-        elsewhere = None if busy is None else max(0.0, (_busy_elsewhere() or 0.0) - busy) / (perf_counter() - begin)
+        elsewhere = None if busy is None else max(0.0, (busy_elsewhere() or 0.0) - busy) / (perf_counter() - begin)
     return Timing(seconds, elsewhere)
 
 
-def _busy_elsewhere() -> float | None:
-    """Seconds of all cores that went to anything but this process, a hypervisor's other guests included."""
+def busy_elsewhere() -> float | None:
+    """A clock of other work: seconds of all cores that went to anything but this process, a hypervisor's other guests
+    included."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:9])

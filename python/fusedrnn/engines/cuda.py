@@ -2,7 +2,8 @@
 
 Forward: ``gates_x = x W_ih^T + b_ih`` for all tokens, then one kernel through time. Backward: one kernel through time
 that leaves the gradients of the gates, then the products that make of them the gradients of weights and input. Both run
-on the caller's stream, in memory of torch's allocator, and wait for nothing, so that a CUDA graph can record them.
+on the caller's stream, in memory of torch's allocator, and wait for nothing, so that a CUDA graph can record them; but
+for packed batches, whose sizes come from the CPU.
 
 bfloat16 and float16 are multiplied on tensor cores and added up in float32; gates and the cell state are float32. What
 is kept for backward is in the caller's dtype but for the cell state. float32 is computed as ``torch.backends.cudnn``
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 _cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+_LEAST_CAPABILITY = (8, 0)
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
 _BLOCK_BYTES = 64
 
@@ -52,6 +54,7 @@ class CudaEngine:
         self._module, self._device_type = module, device_type
         self._unavailable = _why_unavailable(module)
         self.plan = lru_cache(maxsize=4096)(self._plan)
+        self._capability = cache(lambda device: module.device(device)["capability"])  # type: ignore[union-attr]
 
     def available(self) -> str | None:
         return self._unavailable
@@ -73,6 +76,10 @@ class CudaEngine:
             return "no kernel for a projection with lengths or resets"
         if call.batch_sizes is not None and call.resets is not None:
             return "no kernel for resets of a packed batch"
+        capability = self._capability(_index(call.input.device))
+        if capability < _LEAST_CAPABILITY:
+            major, minor = capability
+            return f"the GPU has compute capability {major}.{minor}, the kernels need {_LEAST_CAPABILITY[0]}.0"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
@@ -87,6 +94,9 @@ class CudaEngine:
         call.check()
         with _plain_torch(self._device_type), _products_like_rnn(self._arithmetic(call.input.dtype)):
             return self._forward(call, save)
+
+    def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
+        return ()  # part of what it keeps is the output itself, which an operator must not return twice
 
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -111,7 +121,7 @@ class CudaEngine:
 
     def _forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         D, H, R, B = call.directions, call.hidden_size, call.output_size, call.batch
-        x, tokens = _tokens(call.input), _Tokens.of(call)
+        x, tokens = _tokens(call.input), Tokens.of(call)
         projected = call.weights[4] is not None
         gates_x = x.new_empty((D, len(x), len(call.cell.gates) * H))
         for d in range(D):
@@ -123,21 +133,21 @@ class CudaEngine:
             if projected and call.hx[0] is not None:
                 gates_x[d].index_add_(0, tokens.first(d), call.hx[0][d] @ w_hh.t())
         hx = (None, *call.hx[1:]) if projected else call.hx
+        output = x.new_empty((*call.input.shape[:-1], D * R))
+        hidden = x.new_empty((len(x), D * H)) if projected else output
         recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
-        hidden, final, kept = recurrence.forward(
-            self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, save
+        final, kept = recurrence.forward(
+            self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, hidden, save
         )
-        output = hidden
         if projected:
-            output = x.new_empty((len(x), D * R))
+            rows = _tokens(output)
             h_n = x.new_empty((D, B, R))
             for d in range(D):
-                w_hr = call.weights[d * WEIGHTS_PER_DIRECTION + 4]
-                output[:, d * R : (d + 1) * R] = hidden[:, d * H : (d + 1) * H] @ w_hr.t()  # type: ignore[union-attr]
-                torch.mm(final[0][d], w_hr.t(), out=h_n[d])  # type: ignore[union-attr]
+                w_hr = _given(call, d)[4]
+                rows[:, d * R : (d + 1) * R] = hidden[:, d * H : (d + 1) * H] @ w_hr.t()
+                torch.mm(final[0][d], w_hr.t(), out=h_n[d])
             final[0] = h_n
-        result = output.view(*call.input.shape[:-1], D * R) if call.sequence else None
-        return (result, *final), (output, hidden, *kept) if save else ()
+        return (output if call.sequence else None, *final), (output, hidden, *kept) if save else ()
 
     def _backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -146,15 +156,15 @@ class CudaEngine:
         assert self._module is not None
         facts = self._module.cell_facts(call.cell.name)
         slots, from_input = facts["slots"], facts["input_slot"]
-        x, tokens = _tokens(_without_padding(call)), _Tokens.of(call)
-        output, hidden, *kept = saved
+        x, tokens = _tokens(_without_padding(call)), Tokens.of(call)
+        output, hidden, *kept = _tokens(saved[0]), _tokens(saved[1]), *saved[2:]
         projected = call.weights[4] is not None
         d_output = None if grads[0] is None else grads[0].reshape(len(x), D * R)
         d_final, hx = list(grads[1:]), call.hx
         d_hidden = d_output
         if projected:
             hx = (None, *call.hx[1:])
-            w_hr = [call.weights[d * WEIGHTS_PER_DIRECTION + 4] for d in range(D)]
+            w_hr = [_given(call, d)[4] for d in range(D)]
             if d_output is not None:
                 d_hidden = torch.cat([d_output[:, d * R : (d + 1) * R] @ w_hr[d] for d in range(D)], 1)
             if d_final[0] is not None:
@@ -237,7 +247,7 @@ class Recurrence:
 
     module: ModuleType | None
     cell: Cell
-    tokens: _Tokens
+    tokens: Tokens
     H: int
     D: int
     resets: Tensor | None = None
@@ -250,8 +260,9 @@ class Recurrence:
         w_hh: Sequence[Tensor],
         b_hh: Sequence[Tensor | None],
         hx: Sequence[Tensor | None],
+        output: Tensor,
         save: bool,
-    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Run all steps.
 
         Args:
@@ -260,15 +271,15 @@ class Recurrence:
             w_hh: for each direction (G*H, H).
             b_hh: for each direction (G*H) or None.
             hx: for each state (D, B, H) or None for zeros.
+            output: where h goes, (T, B, D*H) or (tokens, D*H).
             save: whether backward follows.
 
         Returns:
-            h (tokens, D*H), the final states (D, B, H), and what backward needs besides.
+            the final states (D, B, H), and what backward needs besides.
         """
         assert self.module is not None
         tokens, H, D = self.tokens, self.H, self.D
         facts = self.module.cell_facts(self.cell.name)
-        output = gates_x.new_empty((tokens.count, D * H))
         final = [gates_x.new_empty((D, tokens.B, H)) for _ in self.cell.states]
         nothing = gates_x.new_empty(0)
         keeps, has_c = save and facts["kept"] > 0, save and facts["states"] > 1
@@ -286,13 +297,13 @@ class Recurrence:
             b_hh=_addresses(b_hh),
             initial=_addresses(hx),
             output=output.data_ptr(),
-            output_step=output.stride(0) * tokens.B,
-            output_row=output.stride(0),
+            output_step=D * H * tokens.B,
+            output_row=D * H,
             final=_addresses(final),
             kept=kept.data_ptr(),
             cells=cells.data_ptr(),
         )
-        return output, final, (kept, cells)
+        return final, (kept, cells)
 
     def backward(
         self,
@@ -310,7 +321,7 @@ class Recurrence:
             plan: of these sizes.
             w_hh: as in ``forward``.
             hx: as in ``forward``.
-            output: h of forward.
+            output: of forward, (tokens, D*H).
             kept: what forward returned last.
             d_output: (tokens, D*H) or None for zeros.
             d_final: for each state (D, B, H) or None for zeros.
@@ -361,7 +372,7 @@ class Recurrence:
 
 
 @dataclass
-class _Tokens:
+class Tokens:
     """The (step, sequence) pairs of a call, in the order of memory.
 
     Attributes:
@@ -381,12 +392,12 @@ class _Tokens:
     _previous: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(call: Call) -> _Tokens:
+    def of(call: Call) -> Tokens:
         device, sizes = call.input.device, call.batch_sizes
         if sizes is None:
-            return _Tokens(call.time, call.batch, call.time * call.batch, device)
+            return Tokens(call.time, call.batch, call.time * call.batch, device)
         starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        return _Tokens(call.time, call.batch, int(starts[-1]), device, sizes, _upload(starts, device))
+        return Tokens(call.time, call.batch, int(starts[-1]), device, sizes, _upload(starts, device))
 
     def first(self, d: int) -> Tensor:
         """Each sequence's first pair in direction ``d``."""
@@ -407,7 +418,7 @@ class _Tokens:
         return _upload(rows, self.device)
 
     def previous(self, d: int) -> Tensor:
-        """For each pair of a packed batch B + the pair before it in direction ``d``, or its sequence where it is first."""
+        """For each pair of a packed batch B + the one before it in direction ``d``; if it is first, its sequence."""
         if d not in self._previous:
             assert self.sizes is not None
             starts = self.sizes.cumsum(0) - self.sizes
@@ -506,6 +517,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 
 
 def _given(call: Call, d: int) -> tuple[Any, ...]:
+    """The weights of a direction, to be used where the layer is known to have them."""
     return call.of_direction(d)
 
 

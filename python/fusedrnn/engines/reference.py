@@ -54,7 +54,7 @@ def _one_direction(call: Call, direction: int) -> tuple[list[Tensor], list[Tenso
     assert w_hh is not None
     gates = len(call.cell.gates)
     dense = call.batch_sizes is None
-    sizes = [call.batch] * call.time if call.batch_sizes is None else call.batch_sizes.tolist()
+    sizes = [call.batch] * call.time if call.batch_sizes is None else [int(size) for size in call.batch_sizes]
     T, widths = len(sizes), call.widths()
     x, lengths = call.input, None
     if call.lengths is not None:
