@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ def _checked_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], input:
     return lengths if lengths.device == input.device else lengths.to(input.device)
 
 
-def pad(jagged: Tensor) -> tuple[Tensor, Tensor]:
+def pad(jagged: Any) -> tuple[Tensor, Tensor]:
     """A jagged nested tensor (B, j, *) as a padded one (B, T, *) and its lengths (B,).
 
     Raises:
@@ -169,14 +169,14 @@ def pad(jagged: Tensor) -> tuple[Tensor, Tensor]:
     """
     if jagged.layout != torch.jagged or getattr(jagged, "_ragged_idx", 1) != 1 or jagged.lengths() is not None:
         raise RuntimeError("a nested tensor must be of layout torch.jagged, jagged in dimension 1, without holes")
-    lengths = jagged.offsets().diff()
+    lengths: Tensor = jagged.offsets().diff()
     values = jagged.values()
     there = _there(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
     padded = values.new_zeros((*there.shape, *values.shape[1:]))
     return padded.index_put((there,), values), lengths
 
 
-def unpad(padded: Tensor, like: Tensor) -> Tensor:
+def unpad(padded: Tensor, like: Any) -> Tensor:
     """The other way, with the offsets of ``like``."""
     lengths = like.offsets().diff()
     return torch.nested.nested_tensor_from_jagged(padded[_there(lengths, padded.shape[1])], like.offsets())
