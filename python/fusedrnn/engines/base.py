@@ -81,6 +81,11 @@ class Call:
         """Width of each state: R for h, H for the others."""
         return (self.output_size, *[self.hidden_size] * (len(self.cell.states) - 1))
 
+    def option_along_time(self) -> str | None:
+        """The first option that stock torch does not have, if any is used."""
+        options = {"lengths": self.lengths, "resets": self.resets, "every state": self.every_state or None}
+        return next((name for name, given in options.items() if given is not None), None)
+
     def of_direction(self, direction: int) -> tuple[Tensor | None, ...]:
         """The five weights of one direction."""
         first = direction * WEIGHTS_PER_DIRECTION

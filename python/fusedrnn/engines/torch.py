@@ -18,13 +18,9 @@ class TorchEngine:
         return None
 
     def supports(self, call: Call) -> str | None:
-        for name, given in (
-            ("lengths", call.lengths),
-            ("resets", call.resets),
-            ("every state", call.every_state or None),
-        ):
-            if given is not None:
-                return f"stock torch has no {name}"
+        option = call.option_along_time()
+        if option is not None:
+            return f"stock torch has no {option}"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
