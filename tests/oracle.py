@@ -176,9 +176,9 @@ class Direction:
 class Segments:
     """One direction of one layer with resets: each segment of each row is a row of its own, in a batch of segments.
 
-    A segment begins where a row does and where ``resets`` (T, B) is true. In the direction's order a row's first
-    segment starts from ``initial``, any other from ``reset_state``; a reset at the row's first step replaces the
-    initial state forward, where it comes before that step, and in reverse nothing, as no step comes after it.
+    A segment begins where a row does and where ``resets`` (T, B) is true. In the direction's order a row's first one
+    starts from ``initial``, any other from ``reset_state``; a reset at the row's first step replaces the initial state
+    forward, where it comes before that step, and in reverse nothing, as no step comes after it.
     """
 
     def __init__(

@@ -1,8 +1,11 @@
-"""Lengths, resets, reset states and the states of every step: engines against the oracle, and as users call them."""
+"""Lengths, resets, reset states, the states of every step: every engine against the oracle, and as users call them."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,7 +256,7 @@ def test_cells(along_engine, kind, given, batched):
     shape = (5,) if batched else ()
     x, states = values(*shape, 4), [values(*shape, 6) for _ in range(2 if kind == "LSTMCell" else 1)]
     fresh = [values(*(1,) * len(shape), 6) for _ in states]
-    pack = tuple if kind == "LSTMCell" else (lambda s: s[0])
+    pack = tuple if kind == "LSTMCell" else itemgetter(0)
     got = cell(x, pack(states), resets=resets, reset_state=pack(fresh) if given else None)
     zeros = [torch.zeros_like(f) for f in fresh]
     replaced = [torch.where(resets[..., None], f, s) for s, f in zip(states, fresh if given else zeros, strict=True)]
@@ -408,3 +411,10 @@ def test_export(problem):
     module, x = Module(), leaves[0].detach()
     exported = torch.export.export(module, (x, *along)).module()
     torch.testing.assert_close(exported(x, *along), module(x, *along))
+
+
+def test_the_examples_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "sequences.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)

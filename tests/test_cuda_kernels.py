@@ -16,7 +16,9 @@ from pairwise import pairwise
 from support import CELLS, assert_near, to_numpy
 
 import fusedrnn.cells
+from fusedrnn.engines.base import Call
 from fusedrnn.engines.cuda import Plan, Recurrence, Tokens
+from fusedrnn.route import run as run_layer
 
 DTYPES = {
     "f32": torch.float32,
@@ -341,3 +343,38 @@ def test_planted_bugs_are_found(bug, path, arithmetic, schedule, seed):
     native.fault(getattr(native.Fault, bug), seed)
     with pytest.raises((RuntimeError, AssertionError), match=BUGS[bug]):
         run(case)
+
+
+ALONG_TIME = {
+    "lengths": ON_OFF,
+    "resets": ON_OFF,
+    "hx": ON_OFF,
+    "directions": (1, 2),
+    "sizes": ((1, 3, 4, 5), (5, 9, 3, 19), (7, 1, 6, 16)),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_options_along_time_of_a_layer(cell):
+    """The engine's own work around the kernels: the same as the reference, padding that is NaN included."""
+    for seed, case in enumerate(pairwise(ALONG_TIME)):
+        torch.manual_seed(seed)
+        T, B, I, H = case["sizes"]
+        D, of = case["directions"], fusedrnn.cells.CELLS[cell]
+        G, kind = len(of.gates), {"dtype": torch.float64, "requires_grad": True}
+        shapes = [(G * H, I), (G * H, H), (G * H,), (G * H,), None] * D
+        weights = tuple(None if shape is None else torch.randn(*shape, **kind) for shape in shapes)
+        hx = tuple(torch.randn(D, B, H, **kind) if case["hx"] else None for _ in of.states)
+        x = torch.randn(T, B, I, **kind)
+        lengths = torch.randint(0, T + 1, (B,)) if case["lengths"] else None
+        resets = torch.rand(T, B) < 0.4 if case["resets"] else None
+        behind = torch.zeros(T, B) if lengths is None else torch.where(torch.arange(T)[:, None] < lengths, 0, torch.nan)
+        leaves = [t for t in (x, *hx, *weights) if t is not None]
+        found = {}
+        for engine in ("reference", "cuda"):
+            with fusedrnn.engine(engine):
+                results = run_layer(Call(of, x + behind[..., None], hx, weights, lengths=lengths, resets=resets))
+            torch.manual_seed(seed)
+            grads = torch.autograd.grad(results, leaves, [torch.randn_like(r) for r in results])
+            found[engine] = [*results, *grads]
+        torch.testing.assert_close(found["cuda"], found["reference"], msg=lambda m, case=case: f"{case}: {m}")

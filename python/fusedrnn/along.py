@@ -169,7 +169,7 @@ def pad(jagged: Any) -> tuple[Tensor, Tensor]:
     """
     if jagged.layout != torch.jagged or getattr(jagged, "_ragged_idx", 1) != 1 or jagged.lengths() is not None:
         raise RuntimeError("a nested tensor must be of layout torch.jagged, jagged in dimension 1, without holes")
-    lengths = jagged.offsets().diff()
+    lengths: Tensor = jagged.offsets().diff()
     values = jagged.values()
     there = _there(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
     padded = values.new_zeros((*there.shape, *values.shape[1:]))

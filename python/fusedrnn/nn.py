@@ -55,7 +55,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             self.learn_initial_state = True
             rows = self.num_layers * (2 if self.bidirectional else 1)
             widths = (self.proj_size or self.hidden_size, self.hidden_size)
-            like: Any = self.weight_ih_l0
+            (like,) = _current(self, ["weight_ih_l0"])
             for name, width in zip(MODES[self.mode].states, widths, strict=False):
                 self.register_parameter(f"initial_{name}", torch.nn.Parameter(like.new_zeros(rows, 1, width)))
 
@@ -219,7 +219,8 @@ def _forward_packed(
     def like(rows: Tensor) -> PackedSequence:
         return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
 
-    final: Any = module.permute_hidden(tuple(last) if several else last[0], unsorted_indices)  # type: ignore[arg-type]
+    final: Any = tuple(last) if several else last[0]
+    final = module.permute_hidden(final, unsorted_indices)
     if every is None:
         return like(output), final
     return like(output), final, States(*(None if rows is None else tuple(map(like, rows)) for rows in every))  # type: ignore[arg-type]

@@ -64,16 +64,24 @@ def layer_backward(
 
 def _arguments(call: Call) -> tuple[Any, ...]:
     of_sequence = call.batch_sizes, call.sequence, call.lengths, call.resets
-    return call.cell.name, call.input, list(call.hx), list(call.weights), *of_sequence, *_of_states(call)
+    of_states = list(call.reset_state), call.every_state
+    return call.cell.name, call.input, list(call.hx), list(call.weights), *of_sequence, *of_states
 
 
-def _of_states(call: Call) -> tuple[Any, ...]:
-    return list(call.reset_state), call.every_state
-
-
-def _call(cell: str, input: Tensor, hx: _Tensors, weights: _Tensors, *of_sequence: Any) -> Call:
-    *rest, reset_state, every_state = of_sequence
-    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *rest, tuple(reset_state), every_state)  # type: ignore[call-arg]
+def _call(
+    cell: str,
+    input: Tensor,
+    hx: _Tensors,
+    weights: _Tensors,
+    batch_sizes: Tensor | None,
+    sequence: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_state: _Tensors,
+    every_state: bool,
+) -> Call:
+    of_sequence = batch_sizes, sequence, lengths, resets
+    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *of_sequence, tuple(reset_state), every_state)
 
 
 def _outputs(sequence: bool, results: _Tensors) -> Outputs:

@@ -6,8 +6,8 @@ Only the recurrence is here. All that can be computed for the whole sequence at 
 
 The rows of all sequences stand one after another, step by step: the tokens of a PackedSequence. A dense (T, B, I)
 input has T * B tokens, a padded one is packed by the engine. ``sizes[t]`` rows are active at step t; as the sequences
-are sorted by length these are
-always the first ones. Both directions use the same step numbers, the second walks them from the end.
+are sorted by length these are always the first ones. Both directions use the same step numbers, the second walks them
+from the end.
 
 Loops over single elements are written out: compiled they are as fast as slices, and they compile several times
 faster.

@@ -68,9 +68,14 @@ class CudaEngine:
             return f"no kernel for {call.input.layout} input"
         if call.batch == 0:
             return "an empty batch"
-        option = call.option_along_time()
-        if option is not None:
-            return f"the engine does not pass {option} on to its kernels yet"
+        if call.every_state:
+            return "no kernel that returns the cell state of every step"
+        if any(state is not None for state in call.reset_state):
+            return "no kernel for resets to a state other than zeros"
+        if call.weights[4] is not None and (call.lengths is not None or call.resets is not None):
+            return "no kernel for a projection with lengths or resets"
+        if call.batch_sizes is not None and call.resets is not None:
+            return "no kernel for resets of a packed batch"
         capability = self._capability(_index(call.input.device))
         if capability < _LEAST_CAPABILITY:
             major, minor = capability
@@ -130,7 +135,7 @@ class CudaEngine:
         hx = (None, *call.hx[1:]) if projected else call.hx
         output = x.new_empty((*call.input.shape[:-1], D * R))
         hidden = x.new_empty((len(x), D * H)) if projected else output
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D)
+        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
         final, kept = recurrence.forward(
             self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, hidden, save
         )
@@ -151,7 +156,7 @@ class CudaEngine:
         assert self._module is not None
         facts = self._module.cell_facts(call.cell.name)
         slots, from_input = facts["slots"], facts["input_slot"]
-        x, tokens = _tokens(call.input), Tokens.of(call)
+        x, tokens = _tokens(_without_padding(call)), Tokens.of(call)
         output, hidden, *kept = _tokens(saved[0]), _tokens(saved[1]), *saved[2:]
         projected = call.weights[4] is not None
         d_output = None if grads[0] is None else grads[0].reshape(len(x), D * R)
@@ -164,7 +169,7 @@ class CudaEngine:
                 d_hidden = torch.cat([d_output[:, d * R : (d + 1) * R] @ w_hr[d] for d in range(D)], 1)
             if d_final[0] is not None:
                 d_final[0] = torch.stack([d_final[0][d] @ w_hr[d] for d in range(D)])
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D)
+        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
         d_slots, d_initial = recurrence.backward(
             self.plan(*self._sizes(call), True), _recurrent(call), hx, hidden, kept, d_hidden, d_final
         )
@@ -194,7 +199,7 @@ class CudaEngine:
                 results[first + 3] = d_rec.sum(0)
             if need_w_hh:
                 h = output[:, d * R : (d + 1) * R]
-                results[first + 1] = tokens.product_with_previous(d, d_rec, h, call.hx[0])
+                results[first + 1] = tokens.product_with_previous(d, *_entering(call, d, d_rec), h, call.hx[0])
             if projected and (need_w_hr or needs[1]):
                 d_previous = d_rec @ w_hh  # of the h that entered each token
                 if needs[1]:
@@ -426,13 +431,17 @@ class Tokens:
             self._previous[d] = _upload(torch.where(there, self.B + starts[before] + row, row), self.device)
         return self._previous[d]
 
-    def product_with_previous(self, d: int, left: Tensor, h: Tensor, h0: Tensor | None) -> Tensor:
-        """left^T (tokens, m) times the h (tokens, R) that entered each pair: at first h0 (D, B, R), zeros if None."""
+    def product_with_previous(self, d: int, left: Tensor, first: Tensor | None, h: Tensor, h0: Tensor | None) -> Tensor:
+        """left^T (tokens, m) times the h (tokens, R) that entered each pair: at first h0 (D, B, R), zeros if None.
+
+        ``first`` (B, m) are the rows of ``left`` at each sequence's first pair, where that is not at an end of time.
+        """
         if self.sizes is not None:
             start = h.new_zeros((self.B, h.shape[1])) if h0 is None else h0[d]
             return left.t() @ torch.cat([start, h])[self.previous(d)]
         n = self.count - self.B
-        own, before, first = (left[self.B :], h[:n], left[: self.B]) if d == 0 else (left[:n], h[self.B :], left[n:])
+        own, before, at_end = (left[self.B :], h[:n], left[: self.B]) if d == 0 else (left[:n], h[self.B :], left[n:])
+        first = at_end if first is None else first
         product = own.t() @ before
         return product if h0 is None else product.addmm_(first.t(), h0[d])
 
@@ -465,6 +474,42 @@ def _index(device: torch.device) -> int:
 def _tokens(input: Tensor) -> Tensor:
     """(tokens, features), whether the input is packed or dense."""
     return input if input.dim() == 2 else input.flatten(0, 1)
+
+
+def _cuts(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Resets and lengths as the kernels take them. Nobody has looked at lengths on a GPU: those outside are clamped."""
+    resets = None if call.resets is None else call.resets.to(torch.uint8).contiguous()
+    return resets, _clamped_lengths(call)
+
+
+def _clamped_lengths(call: Call) -> Tensor | None:
+    return None if call.lengths is None else call.lengths.to(call.input.device).clamp(0, call.time)
+
+
+def _without_padding(call: Call) -> Tensor:
+    """The input with zeros behind each sequence's end, where it may hold NaN, which times zero is NaN."""
+    lengths = _clamped_lengths(call)
+    if lengths is None:
+        return call.input
+    behind = torch.arange(call.time, device=lengths.device)[:, None] >= lengths
+    return call.input.masked_fill(behind[..., None], 0)
+
+
+def _entering(call: Call, d: int, d_rec: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the recurrent products where something entered them: zeros where a segment starts from zeros.
+
+    And of these in reverse with lengths the rows at each sequence's first step, which is its last in time.
+    """
+    lengths = _clamped_lengths(call)
+    if call.resets is not None:
+        cut = call.resets if d == 0 else torch.cat([call.resets[1:], torch.zeros_like(call.resets[:1])])
+        if d == 1 and lengths is not None:  # behind a sequence's end nothing is reset
+            cut = cut & (torch.arange(1, call.time + 1, device=lengths.device)[:, None] < lengths)
+        d_rec = d_rec.masked_fill(cut.reshape(-1, 1), 0)
+    if d == 0 or lengths is None:
+        return d_rec, None
+    last = (lengths - 1).clamp(min=0) * call.batch + torch.arange(call.batch, device=lengths.device)
+    return d_rec, d_rec[last]
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
