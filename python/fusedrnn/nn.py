@@ -72,7 +72,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
+        # By position too: torch's older ONNX exporter fills in every default so.
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Any = None,
@@ -256,7 +256,6 @@ class RNNCell(_Fused, torch.nn.RNNCell):
         self,
         input: Tensor,
         hx: Tensor | None = None,
-        *,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
     ) -> Tensor:
@@ -278,7 +277,6 @@ class LSTMCell(_Fused, torch.nn.LSTMCell):
         self,
         input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -299,7 +297,6 @@ class GRUCell(_Fused, torch.nn.GRUCell):
         self,
         input: Tensor,
         hx: Tensor | None = None,
-        *,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
     ) -> Tensor:
