@@ -6,6 +6,7 @@ from .convert import convert, patch, revert, survey
 from .engines import engine
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .report import explain, info
+from .truncated import tbptt
 
 __version__ = "0.1.0"
 
@@ -27,4 +28,5 @@ __all__ = [
     "patch",
     "revert",
     "survey",
+    "tbptt",
 ]

@@ -296,7 +296,8 @@ def cell_step(
         cell: the cell.
         input: (B, I) or unbatched (I).
         hx: for each state of the cell (B, H) or (H), or None for zeros.
-        weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih (G*H) or None, bias_hh (G*H) or None.
+        weights: weight_ih (G*H, I), weight_hh (G*H, R), bias_ih (G*H) or None, bias_hh (G*H) or None, and with a
+            projection weight_hr (R, H).
         resets: bool (B,) or unbatched (): rows that start from ``reset_state``, not from hx.
         reset_state: for each state (B or 1, H), unbatched (H), or None for zeros.
 
@@ -309,7 +310,7 @@ def cell_step(
         RuntimeError: wrong shapes, dtypes or devices.
     """
     if resets is None:
-        quick = express(cell, input, hx, weights, "one_step")
+        quick = express(cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION)
         if quick is not None:
             return quick
     _check_states(cell, hx)
@@ -334,7 +335,8 @@ def cell_step(
         with torch.autocast(input.device.type, enabled=False):
             lowered = [[_to(t, low) for t in tensors] for tensors in (hx, weights, reset_state or ())]
             return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None)
-    call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]
+    five = (*weights, None)[:WEIGHTS_PER_DIRECTION]
+    call = Call(cell, batched(input), tuple(map(batched, hx)), five, sequence=False)  # type: ignore[arg-type]
     if resets is not None:
         call.resets = resets[None, None] if dims == 1 else resets[None]
         layout = "T" if dims == 1 else "B"

@@ -19,7 +19,7 @@ from .along import States
 from .cells import CELLS, MODES, Cell
 from .torch_state import NO_OPERATORS_THERE
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "StreamState"]
 
 
 def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -62,11 +62,11 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw the weights anew, as torch.nn does; a learned initial state becomes zero."""
         super().reset_parameters()  # type: ignore[no-untyped-call]
-        for state in _learned(self) or ():
+        for state in learned_state(self) or ():
             torch.nn.init.zeros_(state)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", learn_initial_state=True" if _learned(self) else "")
+        return super().extra_repr() + (", learn_initial_state=True" if learned_state(self) else "")
 
     def forward(
         self,
@@ -99,10 +99,13 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         """
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
-        learned = _learned(self)
+        learned = learned_state(self)
         options: dict[str, Any] = {}
         if lengths is not None or resets is not None or return_states:
-            given = learned if reset_state is None else _states(cell, reset_state)
+            given: Any = None if reset_state is None else _states(cell, reset_state)
+            if given is None and learned:
+                unbatched = not isinstance(input, PackedSequence) and input.dim() == 2
+                given = tuple(s[:, 0] for s in learned) if unbatched else learned
             options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
             options["hx_given"] = hx is not None
         if learned and hx is None:
@@ -124,8 +127,77 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         final: Any = last[0] if len(last) == 1 else tuple(last)
         return (output, final) if every is None else (output, final, every)
 
+    def stream(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, StreamState]:
+        """One step of inference, at what one call of a cell for each layer costs.
 
-def _learned(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
+        No gradients, and no dropout. The steps of a sequence one after another give what ``forward`` gives at once::
+
+            state = None
+            for x_t in sequence:
+                y_t, state = rnn.stream(x_t, state)
+
+        Args:
+            input: (B, I) or unbatched (I).
+            state: what the step before returned, or an ``hx`` as ``forward`` takes and returns it, or None for the
+                learned initial state or, without one, zeros. It is not changed.
+            resets: bool (B,) or (): rows that start from the learned initial state or zeros, not from ``state``.
+
+        Returns:
+            the output (B, R) or (R), and the state for the next step.
+
+        Raises:
+            RuntimeError: the module is bidirectional; else as the cells.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.stream(input, state, resets)
+        if self.bidirectional:
+            raise RuntimeError(f"{type(self).__name__}.stream: the reverse direction begins at the sequence's end")
+        cell, learned = MODES[self.mode], learned_state(self)
+        if not isinstance(state, StreamState):
+            state = self._stream_state(cell, input, state, learned)
+        layers = []
+        for layer, of_layer in enumerate(state.layers):
+            weights: list[Tensor | None] = [*_current(self, self._all_weights[layer])]
+            if not self.bias:
+                weights[2:2] = [None, None]
+            fresh = None
+            if resets is not None and learned is not None:
+                fresh = tuple(s[layer, 0] if input.dim() == 1 else s[layer] for s in learned)
+            new = functional.cell_step(cell, input, of_layer, weights, resets, fresh)
+            layers.append(new)
+            input = new[0]
+        return input, StreamState(layers)
+
+    def _stream_state(self, cell: Cell, input: Tensor, hx: Any, learned: tuple[Tensor, ...] | None) -> StreamState:
+        states = _states(cell, hx)
+        if hx is None and learned is not None:
+            states = [s[:, 0] if input.dim() == 1 else s.expand(-1, len(input), -1) for s in learned]
+        for name, s in zip(cell.states, states, strict=True):
+            if s is not None and len(s) != self.num_layers:
+                raise RuntimeError(f"Expected {name} of {self.num_layers} layers, got shape {tuple(s.shape)}")
+        return StreamState([tuple(None if s is None else s[k] for s in states) for k in range(self.num_layers)])  # type: ignore[misc]
+
+
+class StreamState:
+    """The state of :meth:`LSTM.stream` between two steps.
+
+    Attributes:
+        layers: for each layer the states of its cell, (B, width) each, unbatched (width).
+    """
+
+    __slots__ = ("layers",)
+
+    def __init__(self, layers: list[tuple[Tensor, ...]]) -> None:
+        self.layers = layers
+
+    def hx(self) -> Any:
+        """The same as the modules' forward takes and returns it: (L, B, R), for an LSTM a pair with (L, B, H)."""
+        states = tuple(torch.stack(values) for values in zip(*self.layers, strict=True))
+        return states[0] if len(states) == 1 else states
+
+
+def learned_state(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
     """The parameters of the learned initial state; modules that were made by torch.nn have none."""
     if "learn_initial_state" not in module.__dict__:
         return None
