@@ -167,7 +167,7 @@ def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
     Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone, and so
-    are modules with a learned initial state, which torch.nn's do not have.
+    are modules with a learned initial state or dropouts that torch.nn's do not have.
 
     Args:
         model: any module, a recurrent one itself included.
@@ -177,7 +177,7 @@ def revert(model: Model) -> Model:
     """
     for module in model.modules():
         before = _BEFORE.get(type(module))
-        if before is not None and "learn_initial_state" not in vars(module):
+        if before is not None and not {"learn_initial_state", "dropouts"} & vars(module).keys():
             module.__class__ = before  # type: ignore[assignment]
     return model
 

@@ -8,6 +8,7 @@ of these, and back, by changing its class: see :func:`fusedrnn.convert`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dynamo, functional
 from .along import States
 from .cells import CELLS, MODES, Cell
+from .dropouts import NO_DROPOUTS, Dropouts
+from .saving import check_save
 from .torch_state import NO_OPERATORS_THERE
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "StreamState"]
@@ -45,12 +48,37 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         learn_initial_state: whether the state that a sequence starts from, where the caller gives none, and a segment
             after a reset, is a parameter: ``initial_h`` (L*D, 1, R) and for an LSTM ``initial_c`` (L*D, 1, H), zeros
             at first.
+        variational_dropout, recurrent_dropout, zoneout, weight_dropout: see :class:`fusedrnn.dropouts.Dropouts`, which
+            holds them as the attribute ``dropouts``; ``zoneout`` is one number, or for an LSTM a pair for h and c.
+        save: what forward keeps for backward: ``"all"``; ``"states"``, from which backward computes the gates again, in
+            less memory and more time; ``"auto"``: the states if the gates exceed :class:`fusedrnn.save_budget`.
+
+    Raises:
+        ValueError: a probability outside [0, 1], a wrong number of rates of zoneout, an unknown ``save``.
 
     The other arguments are those of torch.nn's module of the same name.
     """
 
-    def __init__(self, *args: Any, learn_initial_state: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        learn_initial_state: bool = False,
+        variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        weight_dropout: float = 0.0,
+        save: str = "all",
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
+        dropouts = Dropouts(variational_dropout, recurrent_dropout, zoneout, weight_dropout)
+        dropouts.zoneout_of(MODES[self.mode])
+        check_save(save)
+        # Modules that torch.nn made have none of these attributes either.
+        if dropouts != NO_DROPOUTS:
+            self.dropouts = dropouts
+        if save != "all":
+            self.save = save
         if learn_initial_state:
             self.learn_initial_state = True
             rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -66,7 +94,15 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             torch.nn.init.zeros_(state)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", learn_initial_state=True" if learned_state(self) else "")
+        own = ["learn_initial_state=True"] if learned_state(self) else []
+        dropouts = _dropouts(self)
+        own += [
+            f"{field.name}{'' if field.name == 'zoneout' else '_dropout'}={value}"
+            for field in fields(dropouts)
+            if (value := getattr(dropouts, field.name)) != field.default
+        ]
+        own += [f"save={self.save!r}"] if "save" in self.__dict__ else []
+        return ", ".join([super().extra_repr(), *own])
 
     def forward(
         self,
@@ -111,6 +147,10 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         if learned and hx is None:
             hx = _for_batch(learned, input, self.batch_first)
         states = _states(cell, hx)
+        if "dropouts" in self.__dict__ and (self.training or self.dropouts.zoneout):
+            options["dropouts"] = self.dropouts
+        if "save" in self.__dict__ and torch.is_grad_enabled():
+            options["save"] = self.save
         if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"
             quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
@@ -130,7 +170,8 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
     def stream(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, StreamState]:
         """One step of inference, at what one call of a cell for each layer costs.
 
-        No gradients, and no dropout. The steps of a sequence one after another give what ``forward`` gives at once::
+        No gradients, and no dropout, but zoneout's expectation. The steps of a sequence one after another give what
+        ``forward`` gives at once in evaluation::
 
             state = None
             for x_t in sequence:
@@ -154,6 +195,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         if self.bidirectional:
             raise RuntimeError(f"{type(self).__name__}.stream: the reverse direction begins at the sequence's end")
         cell, learned = MODES[self.mode], learned_state(self)
+        zoneout = _dropouts(self).zoneout_of(cell) if "dropouts" in self.__dict__ else ()
         if not isinstance(state, StreamState):
             state = self._stream_state(cell, input, state, learned)
         layers = []
@@ -164,7 +206,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             fresh = None
             if resets is not None and learned is not None:
                 fresh = tuple(s[layer, 0] if input.dim() == 1 else s[layer] for s in learned)
-            new = functional.cell_step(cell, input, of_layer, weights, resets, fresh)
+            new = functional.cell_step(cell, input, of_layer, weights, resets, fresh, zoneout)
             layers.append(new)
             input = new[0]
         return input, StreamState(layers)
@@ -202,6 +244,12 @@ def learned_state(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
     if "learn_initial_state" not in module.__dict__:
         return None
     return tuple(getattr(module, f"initial_{name}") for name in MODES[module.mode].states)  # type: ignore[index]
+
+
+def _dropouts(module: torch.nn.Module) -> Dropouts:
+    """Those of the module; modules that were made by torch.nn have none."""
+    dropouts: Dropouts = module.__dict__.get("dropouts", NO_DROPOUTS)
+    return dropouts
 
 
 def _for_batch(learned: tuple[Tensor, ...], input: Any, batch_first: bool) -> Any:
