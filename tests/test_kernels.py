@@ -73,8 +73,17 @@ def test_cell(case):
     check(case)
 
 
-#: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time.
-LARGE = [(20, 70, 130, 130), (12, 1, 65, 130), (12, 5, 37, 130), (9, 26, 40, 67), (150, 7, 6, 65), (600, 2, 5, 9)]
+#: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time; the
+#: second has more weights than each thread adds up the gradients of for itself.
+LARGE = [
+    (20, 70, 130, 130),
+    (24, 21, 300, 400),
+    (12, 1, 65, 130),
+    (12, 5, 37, 130),
+    (9, 26, 40, 67),
+    (150, 7, 6, 65),
+    (600, 2, 5, 9),
+]
 OF_LARGE = {
     "shape": LARGE,
     "threads": (2, 3, 5),
