@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .contestants import FUSEDRNN, TOLERANCE, TORCH, Task, disagreement, fused_copy, make_task
 from .grid import ODD, Shape
@@ -21,7 +21,7 @@ LOOP, PLAIN = "loop of torch.nn", "without resets"
 
 def resets(cell: str, mode: str, threads: int, budget: float) -> Finding:
     """Milliseconds of a call with resets to zeros: fusedrnn's, torch.nn's with the batch split at the resets into one
-    of segments, and torch.nn's step after step in a loop; beside them fusedrnn's without resets.
+    of padded segments, and torch.nn's step after step in a loop; beside them fusedrnn's without resets.
 
     Args:
         cell: a name in ``grid.CELLS``.
@@ -45,16 +45,17 @@ def resets(cell: str, mode: str, threads: int, budget: float) -> Finding:
 
 
 def _split(begins: Tensor, module: torch.nn.Module, x: Tensor) -> Tensor:
-    """The output of torch.nn where each segment is a row of a packed batch."""
+    """The output of torch.nn where each segment is a row of a padded batch, gathered by index: torch's gradients of
+    ``pad_sequence`` and of a packed batch take minutes for so many segments."""
     begins = begins.clone()
     begins[0] = True
-    # Row after row, so that a segment's steps are side by side.
-    lengths = begins.t().flatten().nonzero().flatten().diff(append=torch.tensor([begins.numel()]))
-    segments = torch.split(x.transpose(0, 1).flatten(0, 1), lengths.tolist())  # type: ignore[no-untyped-call]
-    packed, _ = module(pack_padded_sequence(pad_sequence(list(segments)), lengths, enforce_sorted=False))
-    padded, _ = pad_packed_sequence(packed, batch_first=True)
-    there = torch.arange(padded.shape[1]) < lengths[:, None]
-    return padded[there].view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+    first = begins.t().flatten().nonzero().flatten()  # row after row, so that a segment's steps are side by side
+    lengths = first.diff(append=torch.tensor([begins.numel()]))
+    steps = torch.arange(int(lengths.max()))
+    flat = x.transpose(0, 1).flatten(0, 1)
+    padded, _ = module(flat[(first + steps[:, None]).clamp(max=len(flat) - 1)])
+    there = steps < lengths[:, None]
+    return padded.transpose(0, 1)[there].view(x.shape[1], x.shape[0], -1).transpose(0, 1)
 
 
 def _loop(begins: Tensor, module: torch.nn.Module, x: Tensor) -> Tensor:
