@@ -148,7 +148,10 @@ NewTensor through_exchange(const dlpack::Exchange& table, std::initializer_list<
   for (int d = v.dims - 1; d >= 0; --d) v.stride[d] = stride, stride *= v.shape[d];
   dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, v.dims, {dlpack::code_float, static_cast<uint8_t>(bits), 1},
                            v.shape, nullptr,          0};
-  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  const auto set_error = [](void*, const char*, const char* message) {
+    const std::string text(message);  // a line, and then where in torch's C++
+    PyErr_SetString(PyExc_RuntimeError, text.substr(0, text.find("\nException raised from")).c_str());
+  };
   dlpack::ManagedTensor* managed = nullptr;
   if (table.allocate(&prototype, &managed, nullptr, set_error) != 0) throw py::error_already_set();
   v.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
