@@ -406,6 +406,13 @@ class TestMemory:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    def test_module_converted_between_forward_and_backward(self, kind):
+        module = build(fusedrnn, kind, I, H)
+        loss = loss_of(module(*call_of(module, *batch_of(kind))))
+        module.double()
+        with pytest.raises(RuntimeError, match=r"weight_ih has dtype torch.float64, but input has torch.float32"):
+            loss.backward()
+
     def test_input_edited_between_forward_and_backward(self, engine, kind):
         module = build(fusedrnn, kind, I, H)
         x, hx = call_of(module, *batch_of(kind))

@@ -470,6 +470,15 @@ def test_constructor_warns_of_dropout_without_a_layer_after_it(name):
         getattr(fusedrnn, name)(I, H, dropout=0.5)
 
 
+@pytest.mark.parametrize("lengths", [None, sizes(3, 4)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_too_large(name, lengths, grad):
+    """Without the memory for it the error is torch's, though some of the memory is not."""
+    x = values(1, 1, 1).expand(1 << 58, 2, 1)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"can't allocate memory|overflow"):
+        getattr(fusedrnn, name)(1, 1)(x, lengths=lengths)
+
+
 def test_no_rows(engine, name):
     """An empty batch is no fault."""
     theirs, ours = (getattr(library, name)(I, H, L, bidirectional=True) for library in (torch.nn, fusedrnn))

@@ -498,6 +498,14 @@ py::list isas() {
 }  // namespace fusedrnn
 
 PYBIND11_MODULE(_cpu, m) {
+  // As torch says it on the CPU.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_RuntimeError, "can't allocate memory for a recurrent layer");
+    }
+  });
   using namespace fusedrnn;
   m.doc() = "Compiled CPU kernels. See csrc/cpu/layer.h for the contract and fusedrnn/engines/cpu.py for the use.";
   py::enum_<Layout>(m, "Layout", "How the input of `express` lies: (T, B, I), (B, T, I), or (B, I) of one step.")

@@ -66,7 +66,11 @@ class CpuEngine:
         try:
             return _cpu.backward(*_arguments(call), *rest)  # type: ignore[no-any-return]
         except ValueError:
-            return _cpu.backward(*_arguments(_contiguous(call)), *rest)  # type: ignore[no-any-return]
+            call.check()  # a module may have become another, as by double(), since forward
+            try:
+                return _cpu.backward(*_arguments(_contiguous(call)), *rest)  # type: ignore[no-any-return]
+            except ValueError as error:
+                raise RuntimeError(str(error)) from None
 
 
 _COMPUTES_IN = {
