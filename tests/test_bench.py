@@ -268,6 +268,7 @@ def test_the_other_sections_as_a_command(tmp_path, monkeypatch, capsys):
         ["demo", "--steps", "0"],
         ["demo", "--seed", f"{1 << 64}"],
         ["demo", "--out", "{tmp}"],
+        ["demo", "--out", "{tmp}/demo.doc"],
     ],
     ids=" ".join,
 )

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="train a small language model with torch.nn and with fusedrnn")
     command.add_argument("--steps", type=_positive, default=300, help="training steps of each model (default: 300)")
     command.add_argument("--seed", type=_seed, default=0, help="of weights and sampled text (default: 0)")
-    command.add_argument("--out", type=_new_file, default=Path("demo.png"), help="the plot (default: demo.png)")
+    command.add_argument("--out", type=_new_plot, default=Path("demo.png"), help="the plot (default: demo.png)")
     command.set_defaults(run=_demo, needs=("rich", "matplotlib"))
 
     command = commands.add_parser("bench", help="time fusedrnn against its peers; tables, plot and JSON")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--render", type=Path, metavar="RESULTS", help="measure nothing: make the README's table and plot"
     )
     command.add_argument(
-        "--plot", type=_new_file, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
+        "--plot", type=_new_plot, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
     )
     command.set_defaults(run=_bench, needs=("rich", "matplotlib"))
 
@@ -138,6 +138,13 @@ def _new_file(text: str) -> Path:
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not nearest.is_dir() or not os.access(path if path.exists() else nearest, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written as a file")
+    return path
+
+
+def _new_plot(text: str) -> Path:
+    path = _new_file(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
     return path
 
 
