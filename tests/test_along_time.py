@@ -308,6 +308,7 @@ def test_learned_initial_state(along_engine, kind):
         ({"lengths": torch.tensor([1, 2, 3])}, RuntimeError, r"Expected lengths of shape \(2,\)"),
         ({"lengths": torch.tensor([1, 6])}, RuntimeError, "from 0 to the 5 steps of the input, got 6"),
         ({"lengths": torch.tensor([-1, 5])}, RuntimeError, "from 0 to the 5 steps of the input, got -1"),
+        ({"lengths": torch.tensor([1, 2], device="meta")}, RuntimeError, "input is on cpu, but lengths on meta"),
         ({"resets": [[True]]}, TypeError, "resets must be a Tensor"),
         ({"resets": torch.zeros(5, 2)}, RuntimeError, "resets must be of dtype torch.bool, got torch.float32"),
         ({"resets": torch.zeros(2, 5, dtype=torch.bool)}, RuntimeError, r"Expected resets of shape \(5, 2\)"),
@@ -336,6 +337,30 @@ def test_packed_and_jagged_have_lengths_already():
     jagged = torch.nested.nested_tensor([x[:, 0], x[:3, 1]], layout=torch.jagged)
     with pytest.raises(RuntimeError, match="a jagged input has lengths of its own"):
         fusedrnn.GRU(4, 6)(jagged, lengths=torch.tensor([5, 3]))
+
+
+def test_no_sequences(along_engine):
+    """An empty batch is no fault, and keeps its steps."""
+    module, x = lstm(), values(7, 0, 4)
+    resets = torch.zeros(7, 0, dtype=torch.bool)
+    output, final, states = module(x, lengths=torch.zeros(0, dtype=torch.int64), resets=resets, return_states=True)
+    assert output.shape == states.h[-1].shape == module(x)[0].shape
+    assert [state.shape for state in final] == [state.shape for state in module(x)[1]]
+    output.sum().backward()
+    assert not module.weight_ih_l0.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_nested_tensors_of_another_kind():
+    rows = [torch.randn(3, 4), torch.randn(2, 4)]
+    for nested, message in (
+        (torch.nested.nested_tensor(rows, layout=torch.strided), "layout torch.jagged"),
+        (torch.nested.nested_tensor_from_jagged(torch.cat(rows), torch.tensor([0, 2, 4])), "span its 5 rows, got 4"),
+        (torch.nested.nested_tensor_from_jagged(rows[0][:1], torch.tensor([0, 2])), "span its 1 rows, got 2"),
+    ):
+        for kind in ("RNN", "LSTM", "GRU"):
+            with pytest.raises(RuntimeError, match=message):
+                getattr(fusedrnn, kind)(4, 6)(nested)
 
 
 def test_stock_torch_refuses():
@@ -413,11 +438,12 @@ def test_export(problem):
     torch.testing.assert_close(exported(x, *along), module(x, *along))
 
 
-def test_the_examples_of_the_documentation():
-    page = (Path(__file__).parent.parent / "docs" / "sequences.md").read_text()
+@pytest.mark.parametrize("page", ["docs/sequences.md", "README.md"])
+def test_the_examples_of_the_documentation(page):
     names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / page).read_text(), re.DOTALL):
+        if "torch.distributed" not in block:  # for torchrun
+            exec(block, names)
 
 
 def test_debug():

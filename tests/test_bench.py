@@ -253,3 +253,34 @@ def test_the_other_sections_as_a_command(tmp_path, monkeypatch, capsys):
     assert all(peak.values[name] > saved.values[name] / 2 > 0 for name in CONTESTANTS)
     assert fusedrnn.__main__.main(["bench", "--render", f"{tmp_path}/cpu.json"]) == 0
     assert "Time per real token of a packed batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["bench", "--budget", "-1"],
+        ["bench", "--budget", "nan"],
+        ["bench", "--threads", "0"],
+        ["bench", "--threads", "two"],
+        ["bench", "--out", "{tmp}"],
+        ["bench", "--plot", "{tmp}/a_file/speed.png"],
+        ["bench", "--render", "{tmp}/nowhere.json"],
+        ["bench", "--render", "{tmp}/a_file"],
+        ["bench-gpu", "--minutes", "soon"],
+        ["demo", "--steps", "0"],
+        ["demo", "--seed", f"{1 << 64}"],
+        ["demo", "--out", "{tmp}"],
+        ["demo", "--out", "{tmp}/demo.doc"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_make_no_sense(tmp_path, capsys, options):
+    """They end before any work, in a line that repeats what was wrong."""
+    (tmp_path / "a_file").write_text("[]")
+    arguments = [option.format(tmp=tmp_path) for option in options]
+    try:
+        status = fusedrnn.__main__.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert arguments[-1] in capsys.readouterr().err

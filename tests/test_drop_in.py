@@ -25,6 +25,7 @@ from support import (
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
 import fusedrnn
 
@@ -340,6 +341,44 @@ class TestMemory:
         else:
             assert_close(got, grads(theirs, in_place=False))
 
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_marked_as_negated_or_zero(self, engine, kind, grad):
+        """Of such tensors the memory does not hold the values, or there is none."""
+        ours = build(fusedrnn, kind, I, H)
+        call = call_of(ours, *batch_of(kind), requires_grad=False)
+        marks = [
+            (lambda t: torch._neg_view(-t), lambda t: t),
+            (lambda t: torch.complex(t, -t).conj().imag, lambda t: t),
+        ]
+        if engine != "torch":  # stock torch reads what is not there
+            marks.append((lambda t: torch._efficientzerotensor(t.shape), torch.zeros_like))
+        for mark, same in marks:
+            for part in range(2):
+                marked, plain = ([tree_map(f, v) if k == part else v for k, v in enumerate(call)] for f in (mark, same))
+                with torch.set_grad_enabled(grad):
+                    assert_close(ours(*marked), ours(*plain))
+        if grad:
+            output = flat(ours(*call))[0]
+            weight = next(ours.parameters())
+            expected = torch.autograd.grad(output, weight, torch.ones_like(output), retain_graph=True)
+            assert_close(torch.autograd.grad(output, weight, torch._neg_view(-torch.ones_like(output))), expected)
+        negated = build(fusedrnn, kind, I, H)
+        for parameter in negated.parameters():
+            parameter.data = torch._neg_view(-parameter.detach())
+        with torch.set_grad_enabled(grad):
+            assert_close(negated(*call), ours(*call))
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("part", ["input", "weight"])
+    def test_freed(self, kind, part, grad):
+        ours = build(fusedrnn, kind, I, H)
+        x, *_ = call_of(ours, *batch_of(kind), requires_grad=False)
+        with torch.set_grad_enabled(grad):
+            freed = x if part == "input" else next(ours.parameters())
+            freed.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=r"its storage has been freed|out of bounds for storage of size 0"):
+                ours(x)
+
     @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
     @pytest.mark.parametrize("order", [None, *LENGTHS])
     def test_final_states_own_their_storage(self, engine, sequence_kind, order, grad):
@@ -365,6 +404,13 @@ class TestMemory:
         with torch.no_grad():
             getattr(module, weight_names(kind)[1]).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_module_converted_between_forward_and_backward(self, kind):
+        module = build(fusedrnn, kind, I, H)
+        loss = loss_of(module(*call_of(module, *batch_of(kind))))
+        module.double()
+        with pytest.raises(RuntimeError, match=r"weight_ih has dtype torch.float64, but input has torch.float32"):
             loss.backward()
 
     def test_input_edited_between_forward_and_backward(self, engine, kind):
@@ -618,6 +664,15 @@ class TestPatch:
             assert len(fusedrnn.explain(theirs, *call).decisions) == 1
         assert type(theirs).forward is forward
         assert fusedrnn.explain(theirs, *call).decisions == ()
+
+    def test_blocks_that_overlap(self):
+        forward, first, second = torch.nn.GRU.forward, fusedrnn.patch(), fusedrnn.patch()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.nn.GRU.forward is not forward
+        second.__exit__(None, None, None)
+        assert torch.nn.GRU.forward is forward
 
     def test_ends_with_an_exception(self):
         before = {name: dict(vars(getattr(torch.nn, name))) for name in ("LSTM", "GRUCell")}

@@ -220,6 +220,35 @@ def test_cell_module(engine, cell_name, fault):
     same_fault(theirs, ours, cell_name, CELL_FAULTS[fault], cell_call(cell_name))
 
 
+# The first of two layers' states are those of one.
+@pytest.mark.parametrize("fault", sorted(SEQUENCE_FAULTS.keys() - {"hx_too_few"}))
+def test_one_layer_without_gradients(name, fault):
+    """The short way of such calls refuses what the long way does."""
+    module, (x, hx) = getattr(fusedrnn, name)(I, H), sequence_call(name)
+    given = SEQUENCE_FAULTS[fault].spoil(x, every(hx, lambda h: h[:1]))
+    error = raised_by(lambda: module(*given))
+    with torch.no_grad():
+        again = raised_by(lambda: module(*given))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("fault", CELL_FAULTS)
+def test_cell_without_gradients(cell_name, fault):
+    module, given = getattr(fusedrnn, cell_name)(I, H), CELL_FAULTS[fault].spoil(*cell_call(cell_name))
+    error = raised_by(lambda: module(*given))
+    with torch.no_grad():
+        again = raised_by(lambda: module(*given))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("hx", [torch.zeros(2, 1, B, H), (torch.zeros(1, B, H), None)], ids=["tensor", "half"])
+def test_states_of_an_lstm_without_gradients(hx):
+    module = fusedrnn.LSTM(I, H)
+    with torch.no_grad():
+        error = raised_by(lambda: module(values(T, B, I), hx))
+    assert type(error) is type(raised_by(lambda: torch.nn.LSTM(I, H)(values(T, B, I), hx)))
+
+
 LARGER = {
     "dtype": torch.Tensor.double,
     "rank": lambda weight: values(*weight.shape, 2),
@@ -271,6 +300,21 @@ def sizes(*values, **kwargs):
 
 
 FUNCTIONAL_FAULTS = {
+    "weights_of_numpy": (
+        TypeError,
+        "must be Tensors, not ndarray",
+        lambda lstm: lstm(values(T, B, I), None, [w.numpy() for w in lstm_weights()]),
+    ),
+    "no_weight_ih": (
+        RuntimeError,
+        "weight_ih must be a matrix",
+        lambda lstm: lstm(values(T, B, I), None, [None, *lstm_weights()[1:]]),
+    ),
+    "no_layers": (
+        ValueError,
+        "num_layers must be at least 1, got 0",
+        lambda lstm: lstm(values(T, B, I), None, [], num_layers=0),
+    ),
     "rank": (ValueError, "2D or 3D, got 4D", lambda lstm: lstm(values(1, T, B, I), None, lstm_weights())),
     "features": (RuntimeError, r"5.*weight_ih.*4", lambda lstm: lstm(values(T, B, I + 1), None, lstm_weights())),
     "no_steps": (RuntimeError, "sequence length", lambda lstm: lstm(values(0, B, I), None, lstm_weights())),
@@ -368,6 +412,13 @@ def test_projection_is_for_an_lstm_only(engine):
         )
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_biases_without_dimensions(engine, grad):
+    weights = [values(3 * H, I), values(3 * H, H), values(()), values(())]
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"bias_ih of shape \(18,\), got \(\)"):
+        fusedrnn.functional.gru_cell(values(B, I), None, *weights)
+
+
 def test_one_bias_without_the_other(engine):
     with pytest.raises(RuntimeError, match="bias_ih and bias_hh"):
         fusedrnn.functional.gru_cell(values(B, I), None, values(3 * H, I), values(3 * H, H), values(3 * H))
@@ -419,6 +470,15 @@ def test_constructor_warns_of_dropout_without_a_layer_after_it(name):
         getattr(fusedrnn, name)(I, H, dropout=0.5)
 
 
+@pytest.mark.parametrize("lengths", [None, sizes(3, 4)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_too_large(name, lengths, grad):
+    """Without the memory for it the error is torch's, though some of the memory is not."""
+    x = values(1, 1, 1).expand(1 << 58, 2, 1)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"can't allocate memory|overflow"):
+        getattr(fusedrnn, name)(1, 1)(x, lengths=lengths)
+
+
 def test_no_rows(engine, name):
     """An empty batch is no fault."""
     theirs, ours = (getattr(library, name)(I, H, L, bidirectional=True) for library in (torch.nn, fusedrnn))
@@ -426,7 +486,8 @@ def test_no_rows(engine, name):
     x, hx = x[:, :0].requires_grad_(), every(hx, lambda h: h[:, :0])
     for states in (None, hx):
         torch.testing.assert_close(ours(x, states), theirs(x, states))
-    ours(x, hx)[0].sum().backward()
+    # Without elements any strides are contiguous.
+    ours(x, every(hx, lambda h: h.repeat(1, 1, 2)[..., ::2]))[0].sum().backward()
     assert x.grad.shape == x.shape
     assert all(not p.grad.any() for p in ours.parameters())
 

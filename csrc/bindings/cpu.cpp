@@ -273,7 +273,7 @@ struct Arguments {
     // is also where those of t steps begin.
     int64_t longer = 0;
     for (size_t n = T + 1; n-- > 0;) longer += std::exchange(sizes[n], longer);
-    order.resize(static_cast<size_t>(seq.B));
+    order.resize(static_cast<size_t>(std::max(seq.B, int64_t{1})));  // not null without sequences: see is_packed
     std::vector<int64_t> next = sizes;
     for (int64_t b = 0; b < seq.B; ++b) order[static_cast<size_t>(next[static_cast<size_t>(length[b])]++)] = b;
     starts.resize(T + 1);
@@ -355,10 +355,13 @@ py::list forward(const std::string& cell, py::handle input, py::handle batch_siz
 }
 
 // The usual call without gradients, straight from a module: None where anything is out of the ordinary.
-py::object express(const std::string& cell, py::handle input, const py::sequence& hx, const py::sequence& weights,
+py::object express(const std::string& cell, py::handle input, py::handle states_given, const py::sequence& weights,
                    bool bias, bool projected, Layout layout, int threads) {
+  // A tensor is a sequence too, of its rows.
+  if (!PyTuple_Check(states_given.ptr()) && !PyList_Check(states_given.ptr())) return py::none();
+  const auto hx = py::reinterpret_borrow<py::sequence>(states_given);
   bool plain = is_plain(input);
-  for (const py::handle state : hx) plain = plain && is_plain(state);
+  for (const py::handle state : hx) plain = plain && is_plain(state) && state.is_none() == hx[0].is_none();
   for (const py::handle weight : weights) plain = plain && is_plain(weight);
   if (!plain) return py::none();
   try {
@@ -519,6 +522,14 @@ py::list isas() {
 }  // namespace fusedrnn
 
 PYBIND11_MODULE(_cpu, m) {
+  // As torch says it on the CPU.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_RuntimeError, "can't allocate memory for a recurrent layer");
+    }
+  });
   using namespace fusedrnn;
   m.doc() = "Compiled CPU kernels. See csrc/cpu/layer.h for the contract and fusedrnn/engines/cpu.py for the use.";
   py::enum_<Layout>(m, "Layout", "How the input of `express` lies: (T, B, I), (B, T, I), or (B, I) of one step.")

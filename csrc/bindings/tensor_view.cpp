@@ -79,8 +79,21 @@ const dlpack::Exchange* find_exchange() {
 }
 
 void check_dims(int64_t dims) {
-  if (dims > TensorView::max_dims)
-    throw std::invalid_argument("a tensor has " + std::to_string(dims) + " dimensions, at most 3 are expected");
+  if (dims == 0 || dims > TensorView::max_dims)
+    throw std::invalid_argument("a tensor has " + std::to_string(dims) + " dimensions, 1 to 3 are expected");
+}
+
+// Torch negates some tensors by a mark beside their memory, which then holds the opposite of the values: parts of
+// complex conjugates. No exchange protocol tells.
+bool is_negated(py::handle tensor) {
+  static const py::object is_neg = py::module_::import("torch").attr("Tensor").attr("is_neg");
+  return is_neg(tensor).is(py::bool_(true));
+}
+
+void check_memory(const TensorView& v) {
+  int64_t count = 1;
+  for (int d = 0; d < v.dims; ++d) count *= v.shape[d];
+  if (!v.data && count != 0) throw std::invalid_argument("a tensor has no memory: its storage has been freed");
 }
 
 TensorView through_exchange(const dlpack::Exchange& exchange, py::handle object) {
@@ -135,7 +148,10 @@ NewTensor through_exchange(const dlpack::Exchange& table, std::initializer_list<
   for (int d = v.dims - 1; d >= 0; --d) v.stride[d] = stride, stride *= v.shape[d];
   dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, v.dims, {dlpack::code_float, static_cast<uint8_t>(bits), 1},
                            v.shape, nullptr,          0};
-  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  const auto set_error = [](void*, const char*, const char* message) {
+    const std::string text(message);  // a line, and then where in torch's C++
+    PyErr_SetString(PyExc_RuntimeError, text.substr(0, text.find("\nException raised from")).c_str());
+  };
   dlpack::ManagedTensor* managed = nullptr;
   if (table.allocate(&prototype, &managed, nullptr, set_error) != 0) throw py::error_already_set();
   v.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
@@ -157,7 +173,10 @@ py::object torch_empty(std::initializer_list<int64_t> shape, int bits) {
 
 TensorView view(py::handle tensor) {
   if (tensor.is_none()) return {};
-  return exchange() ? through_exchange(*exchange(), tensor) : through_methods(tensor);
+  const TensorView result = exchange() ? through_exchange(*exchange(), tensor) : through_methods(tensor);
+  check_memory(result);
+  if (is_negated(tensor)) throw std::invalid_argument("a tensor's memory holds its values negated");
+  return result;
 }
 
 bool is_plain(py::handle object) {

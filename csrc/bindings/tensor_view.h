@@ -23,18 +23,19 @@ struct TensorView {
   explicit operator bool() const { return dims > 0; }
   bool is_float(int width) const { return kind == 'f' && bits == width; }
   bool contiguous() const {
+    bool right = true;
     int64_t expected = 1;
     for (int d = dims - 1; d >= 0; --d) {
-      if (shape[d] == 0) return true;
-      if (shape[d] != 1 && stride[d] != expected) return false;
+      if (shape[d] == 0) return true;  // whatever the strides, as torch sees it
+      if (shape[d] != 1 && stride[d] != expected) right = false;
       expected *= shape[d];
     }
-    return true;
+    return right;
   }
 };
 
-// Throws std::invalid_argument for tensors that are not on the CPU or have more than three dimensions.
-// None gives an empty view.
+// Throws std::invalid_argument for tensors that are not on the CPU, have no or more than three dimensions, or whose
+// memory does not hold their values. None gives an empty view.
 TensorView view(pybind11::handle tensor);
 
 // Whether the object is a torch.Tensor or a Parameter and not of another subclass, or None.

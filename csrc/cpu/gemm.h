@@ -182,6 +182,34 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
     }
 }
 
+// A number that tells n values from any others: those that differ in a single vector surely, others but for one chance
+// in 2^64. Each step is a bijection of what came before and of the vector that comes in; four chains hide its latency.
+template <class T>
+static uint64_t fingerprint(const T* values, int64_t n) {
+  using S = Simd<T>;
+  typedef uint64_t Bits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  constexpr int W = S::width, chains = 4;
+  constexpr uint64_t odd = 0x9e3779b97f4a7c15u;  // 2^64 by the golden ratio
+  Bits chain[chains];
+  for (int c = 0; c < chains; ++c) chain[c] = Bits{} + (uint64_t)(n + c);
+  const auto take = [&](int c, typename S::V v) {
+    chain[c] = (chain[c] ^ (Bits)v) * odd;
+    chain[c] = chain[c] << 29 | chain[c] >> 35;
+  };
+  int64_t k = 0;
+  for (; k + chains * W <= n; k += chains * W)
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) take(c, S::load(values + k + c * W));
+  for (; k < n; k += W) take(0, S::load(values + k, (int)smaller(W, n - k)));
+  uint64_t all = 0;
+  for (int c = 0; c < chains; ++c)
+    for (int lane = 0; lane < (int)(sizeof(Bits) / 8); ++lane) {
+      all = (all ^ chain[c][lane]) * odd;
+      all ^= all >> 32;
+    }
+  return all;
+}
+
 // out(n x columns [first, last), row stride ldo, filled up to whole vectors) = rows(n x K) * transpose of w (row stride
 // K). For products that are too few to pay for packing w: a vector of columns at a time, each a dot product, the rows
 // of w fetched 512 bytes ahead.

@@ -15,6 +15,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "kept.h"
 #include "kernels.h"
 #include "memory.h"
 #include "team.h"

@@ -20,14 +20,14 @@ struct {
   Memory block;
 } spare;
 
+}  // namespace
+
 Memory allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64) != 0) throw std::bad_alloc();
   prefer_huge_pages(memory, bytes);
   return {static_cast<char*>(memory), bytes};
 }
-
-}  // namespace
 
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE

@@ -15,6 +15,9 @@ struct Memory {
   size_t bytes = 0;
 };
 
+// 64-byte aligned, in huge pages if large; to be given to std::free. Throws std::bad_alloc.
+Memory allocate(size_t bytes);
+
 // A block of 64-byte aligned memory with anything in it. Throws std::bad_alloc. One block of at most 64 MiB is kept
 // from call to call, for the whole process.
 class Workspace {

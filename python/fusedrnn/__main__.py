@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -20,7 +22,7 @@ from .engines import ENGINES
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Exit status when a command cannot run for want of an optional package or a GPU; 1: it ran and found a fault.
+#: Exit status when a command cannot run for want of an optional package, a GPU or a file; 1: it ran and found a fault.
 _CANNOT_RUN = 2
 
 
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for ``sys.argv``'s.
 
     Returns:
-        exit status: 0, 1 if the command found a fault, 2 if an optional package or the GPU is missing.
+        exit status: 0, 1 if the command found a fault, 2 if an optional package, a file or the GPU is missing.
     """
     options = _parser().parse_args(arguments)
     missing = _missing(options.needs)
@@ -66,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("demo", help="train a small language model with torch.nn and with fusedrnn")
     command.add_argument("--steps", type=_positive, default=300, help="training steps of each model (default: 300)")
-    command.add_argument("--seed", type=int, default=0, help="of weights and sampled text (default: 0)")
-    command.add_argument("--out", type=Path, default=Path("demo.png"), help="the plot (default: demo.png)")
+    command.add_argument("--seed", type=_seed, default=0, help="of weights and sampled text (default: 0)")
+    command.add_argument("--out", type=_new_plot, default=Path("demo.png"), help="the plot (default: demo.png)")
     command.set_defaults(run=_demo, needs=("rich", "matplotlib"))
 
     command = commands.add_parser("bench", help="time fusedrnn against its peers; tables, plot and JSON")
@@ -79,23 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--peers", type=_some_of(tuple(PEERS)), help=f"of {', '.join(PEERS)} (default: the installed)")
     command.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; a small part of the budget")
-    command.add_argument("--budget", type=float, help="seconds of timing per cell (default: 0.6; 0.2 with --quick)")
-    command.add_argument("--out", type=Path, help="results (default: bench/results/cpu-<processor>.json)")
+    command.add_argument("--budget", type=_duration, help="seconds of timing per cell (default: 0.6; 0.2 with --quick)")
+    command.add_argument("--out", type=_new_file, help="results (default: bench/results/cpu-<processor>.json)")
     command.add_argument(
         "--render", type=Path, metavar="RESULTS", help="measure nothing: make the README's table and plot"
     )
     command.add_argument(
-        "--plot", type=Path, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
+        "--plot", type=_new_plot, default=Path("docs/speed.png"), help="of --render (default: docs/speed.png)"
     )
     command.set_defaults(run=_bench, needs=("rich", "matplotlib"))
 
     command = commands.add_parser("bench-gpu", help="time fusedrnn against torch.nn on a GPU, in shards; tables, JSON")
     command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="I-th of N parts (default: 1/1)")
     command.add_argument("--telling", action="store_true", help="twelve cells of the grid instead of all")
-    command.add_argument("--budget", type=float, default=0.2, help="seconds of timing per cell (default: 0.2)")
-    command.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
+    command.add_argument("--budget", type=_duration, default=0.2, help="seconds of timing per cell (default: 0.2)")
+    command.add_argument("--minutes", type=_duration, help="stop after so many; the same command goes on from there")
     command.add_argument("--fresh", action="store_true", help="forget the results that the file holds")
-    command.add_argument("--out", type=Path, help="results (default: bench/results/gpu-<name>.json)")
+    command.add_argument("--out", type=_new_file, help="results (default: bench/results/gpu-<name>.json)")
     command.set_defaults(run=_bench_gpu, needs=("rich", "matplotlib"))
     return parser
 
@@ -109,9 +111,41 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def _new_file(text: str) -> Path:
+    """A file to write. Whether it can be written is better known before the work than after it."""
+    path = Path(text)
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(path if path.exists() else nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written as a file")
+    return path
+
+
+def _new_plot(text: str) -> Path:
+    path = _new_file(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
+    return path
 
 
 def _threads(text: str) -> list[int]:
@@ -163,10 +197,16 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from .bench.results import Results
     from .bench.run import Options, render, run
 
     if options.render is not None:
-        render(_console(), options.render, options.plot)
+        try:
+            results = Results.load(options.render)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"fusedrnn bench: {options.render} holds no results of bench: {error!r}", file=sys.stderr)
+            return _CANNOT_RUN
+        render(_console(), results, options.plot)
         return 0
     wanted = Options(
         sections=options.only or list(SECTIONS),

@@ -150,6 +150,8 @@ def _checked_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], input:
         raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != shape:
         raise RuntimeError(f"Expected lengths of shape {shape}, one for each sequence, got {tuple(lengths.shape)}")
+    if lengths.is_meta and not input.is_meta:
+        raise RuntimeError(f"input is on {input.device}, but lengths on {lengths.device}, where they have no values")
     lengths = lengths.reshape(-1).to(torch.int64)
     readable = lengths.is_cpu or input.is_cpu or _debugging.get()
     if readable and unusual_mode() is None and type(lengths) is Tensor and lengths.numel():
@@ -171,6 +173,8 @@ def pad(jagged: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a nested tensor must be of layout torch.jagged, jagged in dimension 1, without holes")
     lengths: Tensor = jagged.offsets().diff()
     values = jagged.values()
+    if int(lengths.sum()) != len(values):
+        raise RuntimeError(f"the offsets of a nested tensor must span its {len(values)} rows, got {int(lengths.sum())}")
     there = _there(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
     padded = values.new_zeros((*there.shape, *values.shape[1:]))
     return padded.index_put((there,), values), lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,17 +189,31 @@ def patch() -> Iterator[None]:
 
     The classes stay themselves and only their ``forward`` is exchanged, so it holds for modules made before and inside
     the block, for names bound at import, for subclasses that call ``super().forward``, and for code that asks
-    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends.
+    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends, or
+    the last of several that overlap.
     """
-    exchanged = [(stock, name) for stock in _OURS for name in ("forward", "__prepare_scriptable__")]
-    before = [(stock, name, vars(stock).get(name)) for stock, name in exchanged]
-    for stock, name in exchanged:
-        setattr(stock, name, getattr(_OURS[stock], name))
+    with _patching:
+        if not _open_blocks:
+            for stock, name in _EXCHANGED:
+                _before_patch[stock, name] = vars(stock).get(name)
+                setattr(stock, name, getattr(_OURS[stock], name))
+        block = object()
+        _open_blocks.append(block)
     try:
         yield
     finally:
-        for stock, name, value in before:
-            if value is None:
-                delattr(stock, name)
-            else:
-                setattr(stock, name, value)
+        with _patching:
+            _open_blocks.remove(block)
+            if not _open_blocks:
+                for (stock, name), value in _before_patch.items():
+                    if value is None:
+                        delattr(stock, name)
+                    else:
+                        setattr(stock, name, value)
+
+
+_EXCHANGED = tuple((stock, name) for stock in _OURS for name in ("forward", "__prepare_scriptable__"))
+#: Blocks of several threads may overlap in any order: the first to begin exchanges, the last to end puts back.
+_open_blocks: list[object] = []
+_patching = threading.Lock()
+_before_patch: dict[tuple[type[torch.nn.Module], str], object] = {}

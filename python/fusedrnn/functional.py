@@ -86,8 +86,10 @@ def network(
 
     Raises:
         RuntimeError: wrong shapes, dtypes, devices, or number of weights.
-        ValueError: dropout outside [0, 1], unknown save.
+        ValueError: dropout outside [0, 1], no layers, or an unknown save.
     """
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     directions = 2 if bidirectional else 1
     each = (4 if bias else 2) + (1 if projected else 0)
     if len(weights) != num_layers * directions * each:

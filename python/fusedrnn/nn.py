@@ -159,7 +159,8 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             return _forward_packed(self, cell, input, hx, weights, options)
         # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
-        if not _looks_right(self, input, hx, weights) and not torch.compiler.is_compiling() and not input.is_nested:
+        # Nested tensors may have no shape to look at; theirs are checked when they are padded.
+        if not (input.is_nested or _looks_right(self, input, hx, weights) or torch.compiler.is_compiling()):
             _check(self, cell, input, hx)
         output, last, every = functional.sequence(
             cell, input, states, weights, batch_first=self.batch_first, **_options(self), **options

@@ -60,6 +60,9 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
 
     Subclasses that handle the dispatcher's operators themselves (masked, distributed, quantised tensors) know torch's
     own. Those of torch's own tracers know them all.
+
+    Raises:
+        TypeError: one is not a tensor.
     """
     if torch.compiler.is_compiling():
         return None
@@ -67,6 +70,8 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
         return "operators have no rules for torch.func before torch 2.5"
     for tensor in tensors:
         kind: Any = type(tensor)
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"input, states and weights must be Tensors, not {kind.__name__}")
         if (
             tensor is not None
             and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -79,6 +84,14 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
 def plain(tensor: Tensor | None) -> Tensor | None:
     """The tensor without a subclass that only renames it."""
     return tensor if type(tensor) in _PLAIN_TYPES else tensor.as_subclass(Tensor)  # type: ignore[union-attr]
+
+
+def in_memory(tensor: Tensor | None) -> Tensor | None:
+    """The tensor contiguous, and with memory that holds its values: torch only marks some as negated or as zeros."""
+    if tensor is None:
+        return None
+    marked = tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.clone(memory_format=torch.contiguous_format) if marked else tensor.contiguous()
 
 
 def in_forward_mode(tensors: Iterable[Tensor | None] = ()) -> bool:

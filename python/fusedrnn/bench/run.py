@@ -225,15 +225,14 @@ def _default_path(results: Results, options: Options) -> Path:
     return Path("bench/results") / f"{'-'.join(words)}.json"
 
 
-def render(console: Console, path: Path, plot: Path) -> None:
-    """Print the README's tables in markdown and draw its plot from a run's JSON.
+def render(console: Console, results: Results, plot: Path) -> None:
+    """Print the README's tables in markdown and draw its plot.
 
     Args:
         console: where to say what was drawn.
-        path: of the JSON.
+        results: of a run.
         plot: path of the PNG to write.
     """
-    results = Results.load(path)
     print(tables.markdown(results))
     if results.grid:
         plots.speed(results, plot)

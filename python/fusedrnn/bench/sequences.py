@@ -53,7 +53,7 @@ def _split(begins: Tensor, module: torch.nn.Module, x: Tensor) -> Tensor:
     lengths = first.diff(append=torch.tensor([begins.numel()]))
     steps = torch.arange(int(lengths.max()))
     flat = x.transpose(0, 1).flatten(0, 1)
-    padded, _ = module(flat[(first + steps[:, None]).clamp(max=len(flat) - 1)])
+    padded: Tensor = module(flat[(first + steps[:, None]).clamp(max=len(flat) - 1)])[0]
     there = steps < lengths[:, None]
     return padded.transpose(0, 1)[there].view(x.shape[1], x.shape[0], -1).transpose(0, 1)
 

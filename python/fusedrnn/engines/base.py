@@ -174,10 +174,10 @@ class Call:
             self._check_batch_sizes(values=batch is None)
         if self.time == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        first = self.weights[1]
-        if first is None or first.dim() != 2:
-            raise RuntimeError("weight_hh must be a matrix")
-        hidden, features = first.shape[0] // gates, input_.shape[-1]
+        for name, weight in zip(("weight_ih", "weight_hh"), self.weights, strict=False):
+            if weight is None or weight.dim() != 2:
+                raise RuntimeError(f"{name} must be a matrix")
+        hidden, features = self.weights[1].shape[0] // gates, input_.shape[-1]  # type: ignore[union-attr]
         for direction in range(self.directions):
             weights = self.of_direction(direction)
             projected = weights[4] is not None

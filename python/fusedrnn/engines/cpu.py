@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..installation import load
+from ..torch_state import in_memory
 from .base import Call, Outputs, Saved
 
 _cpu, _missing = load("_cpu")
@@ -46,13 +46,13 @@ class CpuEngine:
         threads = torch.get_num_threads()
         try:
             *outputs, saved = _cpu.forward(*_arguments(call), call.sequence, call.every_state, save, threads)
-        except ValueError as error:
+        except ValueError:
             call.check()
             try:
                 *outputs, saved = _cpu.forward(
                     *_arguments(_contiguous(call)), call.sequence, call.every_state, save, threads
                 )
-            except ValueError:
+            except ValueError as error:
                 raise RuntimeError(str(error)) from None
         return tuple(outputs), (saved,) if save else ()
 
@@ -67,11 +67,15 @@ class CpuEngine:
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         assert _cpu is not None
-        rest = saved[0], [None if g is None else g.contiguous() for g in grads], needs, torch.get_num_threads()
+        rest = saved[0], [in_memory(g) for g in grads], needs, torch.get_num_threads()
         try:
             return _cpu.backward(*_arguments(call), *rest)  # type: ignore[no-any-return]
         except ValueError:
-            return _cpu.backward(*_arguments(_contiguous(call)), *rest)  # type: ignore[no-any-return]
+            call.check()  # a module may have become another, as by double(), since forward
+            try:
+                return _cpu.backward(*_arguments(_contiguous(call)), *rest)  # type: ignore[no-any-return]
+            except ValueError as error:
+                raise RuntimeError(str(error)) from None
 
 
 _COMPUTES_IN = {
@@ -95,10 +99,10 @@ def _arguments(call: Call) -> tuple[object, ...]:
 
 
 def _contiguous(call: Call) -> Call:
-    """The kernels want weights, states, lengths and masks contiguous, and the input's features side by side."""
-    call = call.with_tensors([None if t is None else t.contiguous() for t in call.tensors()])
-    lengths, mask = (None if t is None else t.contiguous() for t in (call.lengths, call.h_mask))
-    return replace(call, lengths=lengths, h_mask=mask)
+    """The kernels want weights, states, batch sizes, lengths and masks contiguous, and the input's features side
+    by side.
+    """
+    return call.with_tensors(list(map(in_memory, call.tensors()))).with_along(list(map(in_memory, call.along())))
 
 
 def express(

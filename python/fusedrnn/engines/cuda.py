@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..installation import load
-from ..torch_state import allows_tf32_in_products, allows_tf32_in_rnn, set_tf32_in_products
+from ..torch_state import allows_tf32_in_products, allows_tf32_in_rnn, in_memory, set_tf32_in_products
 from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 
 _cuda, _missing = load("_cuda")
@@ -289,8 +289,8 @@ class Recurrence:
         kept = gates_x.new_empty((D, tokens.count, facts["kept"], H)) if keeps else nothing
         cells = gates_x.new_empty((D, tokens.count, H), dtype=_real(gates_x.dtype)) if has_c else nothing
         weights = [_in_blocks(w) for w in w_hh]
-        hx = [None if h is None else h.contiguous() for h in hx]
-        b_hh = [None if b is None else b.contiguous() for b in b_hh]
+        hx = list(map(in_memory, hx))
+        b_hh = list(map(in_memory, b_hh))
         scratch = gates_x.new_empty(plan.native.scratch_bytes, dtype=torch.uint8)
         self.module.forward(
             **self._common(plan, scratch),
@@ -337,9 +337,9 @@ class Recurrence:
         d_slots = output.new_empty((D, tokens.count, self.module.cell_facts(self.cell.name)["slots"], H))
         d_initial = [output.new_empty((D, tokens.B, H)) for _ in self.cell.states]
         weights = [_in_blocks(w.t()) for w in w_hh]
-        hx = [None if h is None else h.contiguous() for h in hx]
-        d_final = [None if d is None else d.contiguous() for d in d_final]
-        d_output = None if d_output is None else d_output.contiguous()
+        hx = list(map(in_memory, hx))
+        d_final = list(map(in_memory, d_final))
+        d_output = in_memory(d_output)
         scratch = output.new_empty(plan.native.scratch_bytes, dtype=torch.uint8)
         self.module.backward(
             **self._common(plan, scratch),
@@ -536,6 +536,7 @@ def _biases(call: Call) -> list[Tensor | None]:
 
 def _in_blocks(matrix: Tensor) -> Tensor:
     """The matrix with rows side by side in memory, each a multiple of ``_BLOCK_BYTES`` long and zero at its end."""
+    matrix = matrix.resolve_neg()
     rows, columns = matrix.shape
     block = _BLOCK_BYTES // matrix.element_size()
     width = -(-columns // block) * block

@@ -1,0 +1,155 @@
+"""Calls without gradients find their weights packed by the call before. Whatever changes a weight, they notice."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from support import run_script, threads
+
+import fusedrnn
+
+T, I, H = 12, 19, 37
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
+
+def make(kind: str = "LSTM", **options: object) -> tuple[torch.nn.RNNBase, torch.nn.RNNBase]:
+    """Ours, and torch's with the same weights' memory."""
+    ours = getattr(fusedrnn, kind)(I, H, **options)
+    theirs = getattr(torch.nn, kind)(I, H, **options)
+    for name, weight in ours.named_parameters():
+        setattr(theirs, name, weight)
+    return ours, theirs
+
+
+@torch.no_grad()
+def check(pair: tuple[torch.nn.RNNBase, torch.nn.RNNBase], B: int = 2) -> None:
+    ours, theirs = pair
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_each_weight_alone(kind):
+    """A single weight of each row and column of each matrix."""
+    pair = make(kind)
+    check(pair)
+    for weight in pair[0].parameters():
+        matrix = weight.detach().view(len(weight), -1)
+        for k in range(max(matrix.shape)):
+            matrix[k % matrix.shape[0], k % matrix.shape[1]] += 5
+            check(pair)
+            matrix[k % matrix.shape[0], k % matrix.shape[1]] -= 5
+
+
+def by_numpy(weight):
+    weight.detach().numpy()[...] *= -1
+
+
+def by_data(weight):
+    weight.data.mul_(-1)
+
+
+def by_swapped_values(weight):
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+def by_one_bit(weight):
+    """The sign of a weight: the least that an integer sum would overlook."""
+    weight.detach().numpy().view(np.uint32)[3, 5] ^= np.uint32(1 << 31)
+
+
+def by_other_memory(weight):
+    weight.data = -weight.data
+
+
+@pytest.mark.parametrize("change", [by_numpy, by_data, by_swapped_values, by_one_bit, by_other_memory])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"proj_size": 7}, {"num_layers": 2, "bidirectional": True}], ids=str
+)
+def test_changes_that_no_version_counts(change, options):
+    pair = make(**options)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        check(pair)
+        change(getattr(pair[0], name))
+        if change is by_other_memory:
+            setattr(pair[1], name, getattr(pair[0], name))
+        check(pair)
+
+
+def test_by_the_optimizer():
+    pair = make()
+    optimizer = torch.optim.SGD(pair[0].parameters(), 0.5)
+    for _ in range(5):
+        check(pair)
+        pair[0](torch.randn(T, 2, I))[0].square().sum().backward()
+        optimizer.step()
+
+
+def test_other_batches_and_threads():
+    """They pack in panels of other widths."""
+    pair = make("GRU")
+    for count in (1, 2, 3, 1):
+        with threads(count):
+            for B in (1, 2, 3, 5, 8, 20, 70, 1, 2):
+                check(pair, B)
+
+
+def test_other_dtypes_in_the_same_memory():
+    pair = make()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for module in pair:
+            module.to(dtype)
+        x = torch.randn(T, 2, I, dtype=dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(pair[0](x)[0], pair[1](x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_bitwise_the_same_with_and_without():
+    """The first call packs, the second finds, one with gradients keeps nothing."""
+    ours, _ = make("GRU", bidirectional=True)
+    x = torch.randn(T, 2, I)
+    with torch.no_grad():
+        first, second = ours(x)[0], ours(x)[0]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(ours(x)[0].detach(), first, rtol=1e-6, atol=1e-6)
+
+
+def test_several_at_once():
+    """One call has the kept panels, the others pack for themselves."""
+    pairs = [make("GRU"), make("LSTM")]
+
+    def work(k: int) -> None:
+        for _ in range(50):
+            check(pairs[k % 2], 1 + k)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_more_than_are_kept():
+    """So many layers that those used last take the place of the first."""
+    pairs = [make(hidden) for hidden in ("GRU", "LSTM", "RNN") for _ in range(30)]
+    for _ in range(2):
+        for pair in pairs:
+            check(pair)
+
+
+@pytest.mark.parametrize("megabytes", ["0", "1"])
+def test_the_limit(megabytes):
+    script = run_script(
+        """
+        import torch, fusedrnn
+        ours, theirs = fusedrnn.GRU(300, 300), torch.nn.GRU(300, 300)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(20, 1, 300)
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
+        """,
+        FUSEDRNN_KEPT_MB=megabytes,
+    )
+    assert script.returncode == 0, script.stderr
