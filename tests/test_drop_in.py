@@ -625,6 +625,18 @@ class TestPatch:
             raise KeyError
         assert before == {name: dict(vars(getattr(torch.nn, name))) for name in ("LSTM", "GRUCell")}
 
+    def test_ends_with_the_last_of_overlapping_blocks(self):
+        """As threads may leave them, in another order than they entered them."""
+        before, ours = torch.nn.LSTM.forward, fusedrnn.LSTM.forward
+        first, second = fusedrnn.patch(), fusedrnn.patch()
+        first.__enter__()
+        second.__enter__()
+        assert torch.nn.LSTM.forward is ours
+        first.__exit__(None, None, None)
+        assert torch.nn.LSTM.forward is ours
+        second.__exit__(None, None, None)
+        assert torch.nn.LSTM.forward is before
+
 
 class TestExplain:
     def test_says_which_engine_ran_every_layer(self, engine):

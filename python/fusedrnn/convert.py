@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,23 +183,52 @@ def revert(model: Model) -> Model:
     return model
 
 
+class _Exchange:
+    """Our methods in the place of torch.nn's, from the first block that opens to the last that ends.
+
+    The blocks of several threads may overlap in any order.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.blocks = threading.Lock(), 0
+        self.stock: dict[tuple[type[torch.nn.Module], str], object] = {}
+
+    def open(self) -> None:
+        with self.lock:
+            self.blocks += 1
+            if self.blocks > 1:
+                return
+            for stock, ours in _OURS.items():
+                for name in ("forward", "__prepare_scriptable__"):
+                    self.stock[stock, name] = vars(stock).get(name)
+                    setattr(stock, name, getattr(ours, name))
+
+    def end(self) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if self.blocks:
+                return
+            for (stock, name), method in self.stock.items():
+                if method is None:
+                    delattr(stock, name)
+                else:
+                    setattr(stock, name, method)
+
+
+_exchange = _Exchange()
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """Run torch.nn.RNN, LSTM, GRU and their cells on fusedrnn inside the block, for code that can't be edited.
 
     The classes stay themselves and only their ``forward`` is exchanged, so it holds for modules made before and inside
     the block, for names bound at import, for subclasses that call ``super().forward``, and for code that asks
-    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends.
+    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends; of blocks
+    inside one another, or open in several threads at once, until the last of them ends.
     """
-    exchanged = [(stock, name) for stock in _OURS for name in ("forward", "__prepare_scriptable__")]
-    before = [(stock, name, vars(stock).get(name)) for stock, name in exchanged]
-    for stock, name in exchanged:
-        setattr(stock, name, getattr(_OURS[stock], name))
+    _exchange.open()
     try:
         yield
     finally:
-        for stock, name, value in before:
-            if value is None:
-                delattr(stock, name)
-            else:
-                setattr(stock, name, value)
+        _exchange.end()
