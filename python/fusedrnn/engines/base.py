@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -123,7 +123,8 @@ class Call:
     def with_along(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call with other tensors in the places of :meth:`along`."""
         batch_sizes, lengths, resets = tensors
-        return replace(self, batch_sizes=batch_sizes, lengths=lengths, resets=resets)
+        of_layer = self.cell, self.input, self.hx, self.weights
+        return Call(*of_layer, batch_sizes, self.sequence, lengths, resets, self.reset_state, self.every_state)
 
     @property
     def outputs(self) -> int:
