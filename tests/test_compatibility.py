@@ -586,6 +586,7 @@ PAGE_END = """
 | fully_shard (FSDP2) | yes | convert before sharding |
 | AOTInductor package | yes | loaded in a process that imports fusedrnn |
 | PackedSequence as an argument of a compiled function | yes | tests/test_compile.py |
+| PackedSequence made inside an exported program | how | give the padded batch and `lengths` instead |
 | tensor subclasses with a `__torch_dispatch__` of their own | yes | by the reference, step by step: slow |
 | forward mode around a compiled module that trains | no | torch.compile has none: `requires_grad_(False)` |
 | `type(m) is torch.nn.LSTM` in code that can't be edited | how | `with fusedrnn.patch():` instead of `convert` |

@@ -168,7 +168,8 @@ def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
     Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone, and so
-    are modules with a learned initial state, which torch.nn's do not have.
+    are modules with a learned initial state, which torch.nn's do not have, those with parametrizations, which
+    torch.nn's ignore, and sharded ones.
 
     Args:
         model: any module, a recurrent one itself included.

@@ -226,7 +226,10 @@ class Call:
         sizes = self.batch_sizes
         assert sizes is not None
         if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
-            raise RuntimeError("batch_sizes should always be on CPU, one-dimensional, int64")
+            raise RuntimeError(
+                "batch_sizes should always be on CPU, one-dimensional, int64, but got them on "
+                f"{sizes.device}, {sizes.dim()}-dimensional, {sizes.dtype}"
+            )
         if self.input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions (tokens, feature), got {self.input.dim()}")
         if not values:
