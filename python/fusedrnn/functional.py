@@ -323,7 +323,7 @@ def cell_step(
             raise RuntimeError(f"For {dims}-D input, {name} should also be {dims}-D, got {tensor.dim()}-D")
     if resets is not None:
         along_time.check_resets(resets, input.shape[:-1], input)
-    add_batch = (0, 0) if dims == 1 else (0,)
+    added = (0, 1) if dims == 1 else (0,)
 
     def batched(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -342,7 +342,7 @@ def cell_step(
         layout = "T" if dims == 1 else "B"
         states = along_time.reset_state_of_rows(reset_state, input, input.shape[:-1], layout)
         call.reset_state = tuple(None if s is None else s[None] for s in states)
-    return tuple(state[add_batch] for state in run(call)[1:])  # type: ignore[index]
+    return tuple(state.squeeze(added) for state in run(call)[1:])  # type: ignore[union-attr]
 
 
 def rnn(

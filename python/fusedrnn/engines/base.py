@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -123,7 +123,8 @@ class Call:
     def with_along(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call with other tensors in the places of :meth:`along`."""
         batch_sizes, lengths, resets = tensors
-        return replace(self, batch_sizes=batch_sizes, lengths=lengths, resets=resets)
+        of_layer = self.cell, self.input, self.hx, self.weights
+        return Call(*of_layer, batch_sizes, self.sequence, lengths, resets, self.reset_state, self.every_state)
 
     @property
     def outputs(self) -> int:
@@ -225,7 +226,10 @@ class Call:
         sizes = self.batch_sizes
         assert sizes is not None
         if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
-            raise RuntimeError("batch_sizes should always be on CPU, one-dimensional, int64")
+            raise RuntimeError(
+                "batch_sizes should always be on CPU, one-dimensional, int64, but got them on "
+                f"{sizes.device}, {sizes.dim()}-dimensional, {sizes.dtype}"
+            )
         if self.input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions (tokens, feature), got {self.input.dim()}")
         if not values:
