@@ -321,6 +321,15 @@ def test_errors(options, error, message):
             getattr(fusedrnn, kind)(4, 6)(torch.randn(5, 2, 4), **options)
 
 
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_reset_state_without_resets(kind, grad):
+    fresh = torch.zeros(2, 6) if kind.endswith("Cell") else torch.zeros(1, 2, 6)
+    x = torch.zeros(2, 4) if kind.endswith("Cell") else torch.zeros(5, 2, 4)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="reset_state is given without resets"):
+        getattr(fusedrnn, kind)(4, 6)(x, reset_state=(fresh, fresh) if "LSTM" in kind else fresh)
+
+
 def test_reset_state_of_a_wrong_shape():
     resets = torch.zeros(5, 2, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="Expected h of reset_state of shape"):

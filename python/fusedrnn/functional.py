@@ -231,7 +231,7 @@ def sequence(
         )  # fmt: skip
 
     def along(layout: str) -> Along:
-        if lengths is None and resets is None and not return_states:
+        if lengths is None and resets is None and reset_state is None and not return_states:
             return PLAIN
         given = any(h is not None for h in hx) if hx_given is None else hx_given
         return along_time.checked(input, layout, lengths, resets, reset_state, return_states, given)
@@ -310,7 +310,7 @@ def cell_step(
         TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    if resets is None:
+    if resets is None and reset_state is None:
         quick = express(cell, input, hx, weights, "one_step")
         if quick is not None:
             return quick
@@ -337,10 +337,10 @@ def cell_step(
             lowered = [[_to(t, low) for t in tensors] for tensors in (hx, weights, reset_state or ())]
             return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None)
     call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]
-    if resets is not None:
-        call.resets = resets[None, None] if dims == 1 else resets[None]
+    if resets is not None or reset_state is not None:
         layout = "T" if dims == 1 else "B"
-        states = along_time.reset_state_of_rows(reset_state, input, input.shape[:-1], layout)
+        states = along_time.reset_state_of_rows(reset_state, resets, input, input.shape[:-1], layout)
+        call.resets = resets[None, None] if dims == 1 else resets[None]  # type: ignore[index]
         call.reset_state = tuple(None if s is None else s[None] for s in states)
     return tuple(state.squeeze(added) for state in run(call)[1:])  # type: ignore[union-attr]
 

@@ -113,8 +113,8 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         weights = _current(self, self._flat_weights_names)
         learned = _learned(self)
         options: dict[str, Any] = {}
-        if lengths is not None or resets is not None or return_states:
-            given = learned if reset_state is None else _states(cell, reset_state)
+        if lengths is not None or resets is not None or reset_state is not None or return_states:
+            given = _states(cell, reset_state) if reset_state is not None else None if resets is None else learned
             options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
             options["hx_given"] = hx is not None
         if learned and hx is None:
