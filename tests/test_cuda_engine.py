@@ -8,7 +8,7 @@ import emulated
 import pytest
 import torch
 from pairwise import pairwise
-from support import CELLS, DTYPES, Case, Target, assert_equal, build, check
+from support import CELLS, DTYPES, Case, Target, assert_equal, backward, build, check
 
 import fusedrnn
 from fusedrnn import engines
@@ -156,15 +156,30 @@ def test_explain_names_path_and_division():
         assert "one launch per step" in str(fusedrnn.explain(module.double(), torch.randn(4, 3, 3).double()))
 
 
-def test_a_launch_that_is_refused_names_itself_and_the_next_one_works():
+def test_a_launch_that_fails_names_itself_and_the_next_one_works():
     module, x = fusedrnn.LSTM(3, 20), torch.randn(2, 2, 3)
     native = emulated.module()
     with fusedrnn.engine("cuda"):
         native.fault(native.Fault.launch)
-        with pytest.raises(RuntimeError, match="the launch of the recurrence was refused"):
+        with pytest.raises(RuntimeError, match="the launch failed"):
             module(x)
         native.fault()
         assert module(x)[0].isfinite().all()
+
+
+def test_where_all_ctas_at_once_are_refused_steps_are_launched_one_by_one_from_then_on():
+    module, x, native = fusedrnn.LSTM(3, 20), torch.randn(2, 2, 3, requires_grad=True), emulated.module()
+    with fusedrnn.engine("cuda"):
+        want = backward(module, x)
+        assert "persistent" in str(fusedrnn.explain(module, x))
+        output, _ = module(x)
+        native.fault(native.Fault.cooperative_launch)
+        (grad,) = torch.autograd.grad(output.sum(), x)  # the refusal in backward
+        torch.testing.assert_close(grad, torch.autograd.grad(module(x)[0].sum(), x)[0])
+        torch.testing.assert_close(backward(module, x), want)
+        said = str(fusedrnn.explain(module, x))
+    assert "one launch per step" in said
+    assert "(the GPU refused to run all CTAs at once)" in said
 
 
 def test_without_room_for_all_ctas_at_once_steps_are_launched_one_by_one():

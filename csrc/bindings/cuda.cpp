@@ -48,6 +48,8 @@ void register_cuda(py::module_& m) {
   const py::module_local local;
   m.doc() = "CUDA kernels. See csrc/cuda/launch.h for the contract and fusedrnn/engines/cuda.py for the use.";
 
+  py::register_local_exception<LaunchRefused>(m, "LaunchRefused", PyExc_RuntimeError);
+
   py::enum_<Arithmetic>(m, "Arithmetic", local)
       .value("f32", Arithmetic::f32)
       .value("tf32", Arithmetic::tf32)

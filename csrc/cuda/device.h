@@ -102,8 +102,11 @@ FUSEDRNN_DEVICE void store_words(sptr<T> p, int i, const Words& v) {
 // Of memory that other CTAs write during this launch: from the L2 cache, which all share.
 template <class T>
 FUSEDRNN_DEVICE Words load_words_shared_by_ctas(gptr<T> p, int64_t i) {
-  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.at(i)));
-  return {{v.x, v.y, v.z, v.w}};
+  Words v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p.at(i)));
+  return v;
 }
 
 // Memory that nobody writes during this launch.

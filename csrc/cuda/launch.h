@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "../cells/cell.h"
@@ -113,6 +114,12 @@ struct DeviceFacts {
 };
 
 using Stream = void*;  // a cudaStream_t
+
+// The GPU would not run all CTAs of a launch at once, though the plan expected it: somebody may have set processors
+// apart. The path per_step does not need that.
+struct LaunchRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // All functions throw std::runtime_error with what went wrong; the GPU stays usable.
 int device_count();

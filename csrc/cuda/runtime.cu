@@ -73,7 +73,7 @@ class RecordedSteps : public StepGraph {
   }
 
   StepArguments* arguments() override { return arguments_; }
-  void launch() override { check(cudaGraphLaunch(executable_, stream_of(stream_)), "the launch of steps was refused"); }
+  void launch() override { check(cudaGraphLaunch(executable_, stream_of(stream_)), "the launch of steps failed"); }
 
  private:
   Stream stream_;
@@ -143,15 +143,19 @@ void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& argu
   const auto function = reinterpret_cast<const void*>(kernel);
   allow_shared(function, shape.shared_bytes);
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  check(cudaLaunchCooperativeKernel(function, dim3(static_cast<unsigned>(shape.ctas)),
-                                    dim3(static_cast<unsigned>(shape.threads)), pointers,
-                                    static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream)),
-        "the launch of the recurrence was refused");
+  const cudaError_t status = cudaLaunchCooperativeKernel(
+      function, dim3(static_cast<unsigned>(shape.ctas)), dim3(static_cast<unsigned>(shape.threads)), pointers,
+      static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream));
+  if (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported) {
+    cudaGetLastError();
+    throw LaunchRefused(cudaGetErrorString(status));
+  }
+  check(status, "the launch of the recurrence failed");
 }
 
 void write_arguments(StepArguments* to, const StepArguments& from, Stream stream) {
   write<<<1, 1, 0, stream_of(stream)>>>(to, from);
-  check(cudaGetLastError(), "the launch of the recurrence was refused");
+  check(cudaGetLastError(), "the launch of the recurrence failed");
 }
 
 void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
@@ -160,7 +164,7 @@ void launch(StepKernel kernel, const Shape& shape, const StepArguments* argument
   void* pointers[] = {&arguments, &step};
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.ctas)), dim3(static_cast<unsigned>(shape.threads)),
                          pointers, static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream)),
-        "the launch of a step was refused");
+        "the launch of a step failed");
 }
 
 bool is_capturing(Stream stream) {

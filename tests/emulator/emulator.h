@@ -35,7 +35,7 @@ struct Site {
 };
 
 // What the tests may break, to see that it is found: the n-th call of each thread, or every call.
-enum class Fault { none, sync, arrive, wait, fragment, buffer, copy_wait, launch };
+enum class Fault { none, sync, arrive, wait, fragment, buffer, copy_wait, cooperative_launch, launch };
 // Which of the threads that can run goes next. ahead: those of one CTA, as long as one of them can.
 enum class Schedule { in_order, reversed, random, ahead };
 

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
       .value("fragment", Fault::fragment)
       .value("buffer", Fault::buffer)
       .value("copy_wait", Fault::copy_wait)
+      .value("cooperative_launch", Fault::cooperative_launch)
       .value("launch", Fault::launch);
   m.def(
       "schedule", [](Schedule schedule, uint64_t seed) { settings().schedule = schedule, settings().seed = seed; },
