@@ -61,6 +61,7 @@ void register_cuda(py::module_& m) {
       .value("one_cta", Path::one_cta)
       .value("grid", Path::grid)
       .value("per_step", Path::per_step);
+  py::enum_<Exchange>(m, "Exchange", local).value("counter", Exchange::counter).value("flags", Exchange::flags);
 
   py::class_<Sizes>(m, "Sizes", local)
       .def(py::init([](const std::string& cell, Arithmetic arithmetic, bool backward, int64_t T, int64_t B, int64_t H,
@@ -74,6 +75,7 @@ void register_cuda(py::module_& m) {
 
   py::class_<Plan>(m, "Plan", local)
       .def_readonly("path", &Plan::path)
+      .def_readonly("exchange", &Plan::exchange)
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("k_groups", &Plan::k_groups)
       .def_readonly("units", &Plan::units)
@@ -88,11 +90,11 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "plan",
-      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice) {
-        return make_plan(sizes, {path, row_groups, k_groups, slice}, device);
+      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice, Exchange exchange) {
+        return make_plan(sizes, {path, row_groups, k_groups, slice, exchange}, device);
       },
       py::arg("sizes"), py::arg("device"), py::arg("path") = Path::automatic, py::arg("row_groups") = 0,
-      py::arg("k_groups") = 0, py::arg("slice") = 0);
+      py::arg("k_groups") = 0, py::arg("slice") = 0, py::arg("exchange") = Exchange::counter);
 
   m.def(
       "forward",

@@ -135,8 +135,8 @@ int64_t resident_ctas(Kernel kernel, int threads, int64_t shared_bytes, const De
   return static_cast<int64_t>(each) * facts.processors;
 }
 
-void zero(void* memory, int64_t bytes, Stream stream) {
-  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_of(stream)), "cannot clear scratch memory");
+void fill(void* memory, int byte, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, byte, static_cast<size_t>(bytes), stream_of(stream)), "cannot prepare scratch memory");
 }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {

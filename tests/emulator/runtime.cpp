@@ -35,7 +35,7 @@ void fail_if_wanted() {
 }
 }  // namespace
 
-void zero(void* memory, int64_t bytes, Stream) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+void fill(void* memory, int byte, int64_t bytes, Stream) { std::memset(memory, byte, static_cast<size_t>(bytes)); }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {
   if (emulator::settings().fault == emulator::Fault::cooperative_launch) throw LaunchRefused("as the tests want it");

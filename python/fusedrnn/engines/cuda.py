@@ -15,6 +15,7 @@ kernels know nothing of it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ _cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 _LEAST_CAPABILITY = (8, 0)
+_EXCHANGES = ("counter", "flags")
+#: How the CTAs of a grid know that each other's h is there (csrc/cuda/exchange.h), until measurements on GPUs decide.
+EXCHANGE = os.environ.get("FUSEDRNN_CUDA_EXCHANGE", _EXCHANGES[0])
+if EXCHANGE not in _EXCHANGES:
+    raise ValueError(f"FUSEDRNN_CUDA_EXCHANGE: unknown exchange {EXCHANGE!r}; choose one of {', '.join(_EXCHANGES)}")
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
 _BLOCK_BYTES = 64
 
@@ -121,7 +127,7 @@ class CudaEngine:
         assert self._module is not None
         sizes = self._module.Sizes(cell, getattr(self._module.Arithmetic, arithmetic), backward, T, B, H, directions)
         if device not in self._refusing:
-            return Plan(sizes, self._module.plan(sizes, device))
+            return Plan(sizes, self._module.plan(sizes, device, exchange=getattr(self._module.Exchange, EXCHANGE)))
         native = self._module.plan(sizes, device, path=self._module.Path.per_step)
         return Plan(sizes, native, " (the GPU refused to run all CTAs at once)")
 
