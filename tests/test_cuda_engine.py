@@ -6,7 +6,7 @@ import emulated
 import pytest
 import torch
 from pairwise import pairwise
-from support import CELLS, DTYPES, Case, assert_equal, backward, build, check
+from support import CELLS, DTYPES, Case, assert_equal, backward, build, check, run_script
 
 import fusedrnn
 from fusedrnn import engines
@@ -167,6 +167,11 @@ def test_explain_names_path_and_division():
     assert "engine cuda: CUDA kernels, f32 products, persistent grid" in said
     with fusedrnn.engine("cuda"):
         assert "one launch per step" in str(fusedrnn.explain(module.double(), torch.randn(4, 3, 3).double()))
+
+
+def test_unknown_exchange_is_named():
+    done = run_script("import fusedrnn", FUSEDRNN_CUDA_EXCHANGE="pigeons")
+    assert "FUSEDRNN_CUDA_EXCHANGE: unknown exchange 'pigeons'; choose one of counter, flags" in done.stderr
 
 
 def test_a_launch_that_fails_names_itself_and_the_next_one_works():

@@ -91,6 +91,7 @@ void register_cuda(py::module_& m) {
   m.def(
       "plan",
       [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice, Exchange exchange) {
+        if (row_groups < 0 || k_groups < 0 || slice < 0) throw std::invalid_argument("a wish must not be negative");
         return make_plan(sizes, {path, row_groups, k_groups, slice, exchange}, device);
       },
       py::arg("sizes"), py::arg("device"), py::arg("path") = Path::automatic, py::arg("row_groups") = 0,

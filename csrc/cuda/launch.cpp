@@ -156,6 +156,7 @@ std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
 bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Plan& plan) {
   const Shape shape(sizes);
   const int64_t value = value_bytes(sizes.arithmetic);
+  if (plan.row_groups * plan.k_groups > most_warps) return false;
   plan.units = plan.row_groups * shape.tiles * tile_rows / shape.rows;
   plan.unit_blocks = static_cast<int>(ceil_div(sizes.H, plan.units));
   plan.path = plan.unit_blocks == 1 && wish.path != Path::grid ? Path::one_cta : Path::grid;
