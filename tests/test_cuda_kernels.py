@@ -307,6 +307,15 @@ def test_graphs_of_steps_serve_one_call_after_another(cell, T):
         check(Case(cell=cell, arithmetic="f32", path="per_step", T=T + seed, seed=seed, **options))
 
 
+@pytest.mark.parametrize("schedule", OPTIONS["schedule"])
+@pytest.mark.parametrize("arithmetic", PERSISTENT)
+def test_places_of_the_ring_are_used_again(arithmetic, schedule):
+    """More steps than the ring has buffers, with flags that must be emptied in time."""
+    for seed, (cell, path) in enumerate([("lstm", "flags"), ("gru", "flags_slices"), ("rnn_tanh", "flags_rows")]):
+        sizes = {"T": 19, "B": 9, "H": 19, "directions": 1 + seed % 2}
+        check(Case(cell=cell, arithmetic=arithmetic, path=path, schedule=schedule, seed=seed, **sizes))
+
+
 #: What the emulator or, where only the values are wrong, the comparison says of each planted bug.
 BUGS = {
     "sync": "race|before it was written|before a copy|deadlock|divergence",

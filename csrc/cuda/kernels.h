@@ -27,6 +27,7 @@ constexpr int tiles_backward = 1;
 constexpr int step_rows = 64, step_columns = 64, step_blocks = 2, step_stages = 3;
 constexpr int64_t step_shared_bytes = step_stages * step_blocks * (step_rows + step_columns) * block_bytes;
 static_assert(step_shared_bytes >= step_rows * (step_columns + 1) * 8, "the sums use the stages' memory");
+static_assert(step_shared_bytes <= 48 << 10, "a launch would have to ask for more");
 
 // How one launch is laid out. CTAs: unit blocks fastest, then slices of the batch, then directions.
 struct Geometry {
