@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from support import Target
 
 from fusedrnn import engines
 from fusedrnn.engines.cuda import CudaEngine
@@ -54,3 +56,20 @@ def cuda_engine_on_cpu_tensors() -> Iterator[CudaEngine]:
         module().schedule()
         module().fault()
         module().set_device()
+
+
+@dataclass(frozen=True)
+class Emulated(Target):
+    """The CUDA engine on the CPU's tensors."""
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with cuda_engine_on_cpu_tensors(), super().running():
+            yield
+
+
+TARGET = Emulated("cuda")

@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import emulated
 import numpy as np
 import oracle
 import pytest
@@ -66,12 +67,17 @@ OPTIONS = {
 
 
 def sample() -> list[Case]:
-    kernels = [(t, c, d) for t in TARGETS for c in CELLS for d in (torch.float32, torch.float64)]
+    targets = (*TARGETS, emulated.TARGET)
+    kernels = [(t, c, d) for t in targets for c in CELLS for d in (torch.float32, torch.float64)]
     kernels = [kernel for kernel in kernels if kernel[0].engine != "torch"]  # which has none of all this
     cases = []
     for seed, case in enumerate(pairwise({"kernel": kernels, "projected": ON_OFF} | OPTIONS)):
         target, cell, dtype = case.pop("kernel")
         case["projected"] &= cell == "lstm" and case["shape"][3] > 1
+        if target.engine == "cuda":  # its kernels take no more than that
+            case["states"] = False
+            case["resets"] = case["resets"].replace("given", "zeros")
+            case["projected"] &= not case["lengths"] and case["resets"] == "none"
         cases.append(Case(target=target, cell=cell, dtype=dtype, seed=seed, **case))
     return cases
 
@@ -319,6 +325,15 @@ def test_errors(options, error, message):
     for kind in ("RNN", "LSTM", "GRU"):
         with pytest.raises(error, match=message):
             getattr(fusedrnn, kind)(4, 6)(torch.randn(5, 2, 4), **options)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_reset_state_without_resets(kind, grad):
+    fresh = torch.zeros(2, 6) if kind.endswith("Cell") else torch.zeros(1, 2, 6)
+    x = torch.zeros(2, 4) if kind.endswith("Cell") else torch.zeros(5, 2, 4)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="reset_state is given without resets"):
+        getattr(fusedrnn, kind)(4, 6)(x, reset_state=(fresh, fresh) if "LSTM" in kind else fresh)
 
 
 def test_reset_state_of_a_wrong_shape():

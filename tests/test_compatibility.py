@@ -203,6 +203,24 @@ def _(kind):
     check_exported(kind, strict=False)
 
 
+@row(EXPORT, "torch.fx.symbolic_trace", note="a leaf of the graph, as torch.nn's are")
+def _(kind):
+    class Net(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x, hx):
+            return self.module(2 * x, hx)
+
+    theirs, ours, call = pair(kind)
+    graph = torch.fx.symbolic_trace(Net(ours))
+    stock = torch.fx.symbolic_trace(Net(theirs))
+    assert str(graph.graph) == str(stock.graph)
+    assert_close(graph(*call), theirs(2 * call[0], call[1]))
+    assert_close(fusedrnn.revert(graph)(*call), stock(*call))
+
+
 @row(EXPORT, "torch.onnx.export", "how", "`fusedrnn.revert(model)` first: then standard LSTM, GRU and RNN nodes")
 def _(kind):
     pytest.importorskip("onnx")
@@ -568,6 +586,7 @@ PAGE_END = """
 | fully_shard (FSDP2) | yes | convert before sharding |
 | AOTInductor package | yes | loaded in a process that imports fusedrnn |
 | PackedSequence as an argument of a compiled function | yes | tests/test_compile.py |
+| PackedSequence made inside an exported program | how | give the padded batch and `lengths` instead |
 | tensor subclasses with a `__torch_dispatch__` of their own | yes | by the reference, step by step: slow |
 | forward mode around a compiled module that trains | no | torch.compile has none: `requires_grad_(False)` |
 | `type(m) is torch.nn.LSTM` in code that can't be edited | how | `with fusedrnn.patch():` instead of `convert` |

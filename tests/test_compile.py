@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
-from support import assert_equal, call_of, run_script
+from support import assert_equal, call_of, run_script, twins
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 import fusedrnn
@@ -85,6 +85,27 @@ def test_packed_sequence_as_argument(hx, enforce_sorted):
     packed = pack_padded_sequence(torch.randn(T, B, I), torch.tensor([4, 2, 1]), enforce_sorted=enforce_sorted)
     call = (packed, torch.randn(4, B, H)) if hx else (packed,)
     assert_close(compiled(module)(*call), module(*call))
+
+
+class Packing(torch.nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0])[0]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_lengths_instead_in_an_exported_program(strict):
+    theirs, ours = twins("LSTM", I, H)
+    rows = torch.export.Dim("B", min=2)
+    shapes = {"input": {0: torch.export.Dim("T", min=2), 1: rows}, "lengths": {0: rows}}
+    call, lengths = (torch.randn(T, B, I),), {"lengths": torch.tensor([2, 4, 1])}
+    program = torch.export.export(ours, call, lengths, dynamic_shapes=shapes, strict=strict)
+    x, lengths = torch.randn(T + 2, B + 1, I), torch.tensor([3, 6, 1, 2])
+    assert_close(program.module()(x, lengths=lengths)[0], Packing(theirs)(x, lengths))
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import emulated
 import pytest
 import torch
 from pairwise import pairwise
-from support import CELLS, DTYPES, Case, Target, assert_equal, build, check
+from support import CELLS, DTYPES, Case, assert_equal, backward, build, check, run_script
 
 import fusedrnn
 from fusedrnn import engines
 from fusedrnn.engines.cuda import CudaEngine
 
-
-@dataclass(frozen=True)
-class Emulated(Target):
-    """The CUDA engine on the CPU's tensors."""
-
-    @property
-    def device(self) -> str:
-        return "cpu"
-
-
-TARGET = Emulated("cuda")
 ON_OFF = (True, False)
 OPTIONS = {
     "kernel": [(cell, dtype) for cell in CELLS for dtype in DTYPES],
@@ -58,7 +45,7 @@ def cases() -> list[Case]:
     result = []
     for options in pairwise(OPTIONS, IMPOSSIBLE):
         cell, dtype = options.pop("kernel")
-        result.append(Case(target=TARGET, cell=cell, dtype=dtype, **options))
+        result.append(Case(target=emulated.TARGET, cell=cell, dtype=dtype, **options))
     return result
 
 
@@ -111,9 +98,15 @@ def test_bitwise_equal_on_every_schedule(cell, dtype):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["input", "hx", "weight_hh_l0", "weight_ih_l0"])
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
-def test_nan_and_infinity_end_in_nan_where_torch_has_it(cell, where, poison):
-    ours, theirs = (build(library, {"RNN": "RNN_tanh"}.get(cell, cell), 3, 20) for library in (fusedrnn, torch.nn))
-    x, h = torch.randn(4, 2, 3), torch.randn(1, 2, 20)
+@pytest.mark.parametrize(
+    "kernel", ["persistent, one CTA", "persistent grid,", "persistent grid with flags", "per step"]
+)
+def test_nan_and_infinity_end_in_nan_where_torch_has_it(cell, where, poison, kernel, monkeypatch):
+    H = 150 if "grid" in kernel else 20
+    monkeypatch.setattr("fusedrnn.engines.cuda.EXCHANGE", "flags" if "flags" in kernel else "counter")
+    emulated.module().set_device(cooperative=kernel != "per step")
+    ours, theirs = (build(library, {"RNN": "RNN_tanh"}.get(cell, cell), 3, H) for library in (fusedrnn, torch.nn))
+    x, h = torch.randn(4, 2, 3), torch.randn(1, 2, H)
     for module in (ours, theirs):
         if where.startswith("weight"):
             getattr(module, where).data[1, 1] = poison
@@ -123,10 +116,30 @@ def test_nan_and_infinity_end_in_nan_where_torch_has_it(cell, where, poison):
         h[0, 0, 2] = poison
     hx = (h, torch.zeros_like(h)) if cell == "LSTM" else h
     with fusedrnn.engine("cuda"):
+        assert kernel in str(fusedrnn.explain(ours, x, hx))
         got = ours(x, hx)[0]
     want = theirs(x, hx)[0]
     assert torch.isnan(got).any() == torch.isnan(want).any()
     assert_equal(torch.isnan(got), torch.isnan(want))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_nan_that_means_nothing_does_not_hang(dtype, monkeypatch):
+    """With flags a place of the ring is empty while all its bits are set: a value of these bits becomes another NaN."""
+    if dtype == torch.float64:
+        pytest.skip("has no grid of CTAs")
+    monkeypatch.setattr("fusedrnn.engines.cuda.EXCHANGE", "flags")
+    module, h, native = fusedrnn.RNN(3, 150, dtype=dtype), torch.zeros(1, 2, 150, dtype=dtype), emulated.module()
+    h.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])[0, 0, 4] = -1
+    x = torch.zeros(2, 2, 3, dtype=dtype)
+    with fusedrnn.engine("cuda"):
+        assert "persistent grid with flags" in str(fusedrnn.explain(module, x, h))
+        output = module(x, h)[0]
+        native.fault(native.Fault.put)
+        with pytest.raises(RuntimeError, match="deadlock"):
+            module(x, h)
+    assert output[:, 0].isnan().all()
+    assert output[:, 1].isfinite().all()
 
 
 def test_second_derivatives():
@@ -156,15 +169,35 @@ def test_explain_names_path_and_division():
         assert "one launch per step" in str(fusedrnn.explain(module.double(), torch.randn(4, 3, 3).double()))
 
 
-def test_a_launch_that_is_refused_names_itself_and_the_next_one_works():
+def test_unknown_exchange_is_named():
+    done = run_script("import fusedrnn", FUSEDRNN_CUDA_EXCHANGE="pigeons")
+    assert "FUSEDRNN_CUDA_EXCHANGE: unknown exchange 'pigeons'; choose one of counter, flags" in done.stderr
+
+
+def test_a_launch_that_fails_names_itself_and_the_next_one_works():
     module, x = fusedrnn.LSTM(3, 20), torch.randn(2, 2, 3)
     native = emulated.module()
     with fusedrnn.engine("cuda"):
         native.fault(native.Fault.launch)
-        with pytest.raises(RuntimeError, match="the launch of the recurrence was refused"):
+        with pytest.raises(RuntimeError, match="the launch failed"):
             module(x)
         native.fault()
         assert module(x)[0].isfinite().all()
+
+
+def test_where_all_ctas_at_once_are_refused_steps_are_launched_one_by_one_from_then_on():
+    module, x, native = fusedrnn.LSTM(3, 20), torch.randn(2, 2, 3, requires_grad=True), emulated.module()
+    with fusedrnn.engine("cuda"):
+        want = backward(module, x)
+        assert "persistent" in str(fusedrnn.explain(module, x))
+        output, _ = module(x)
+        native.fault(native.Fault.cooperative_launch)
+        (grad,) = torch.autograd.grad(output.sum(), x)  # the refusal in backward
+        torch.testing.assert_close(grad, torch.autograd.grad(module(x)[0].sum(), x)[0])
+        torch.testing.assert_close(backward(module, x), want)
+        said = str(fusedrnn.explain(module, x))
+    assert "one launch per step" in said
+    assert "(the GPU refused to run all CTAs at once)" in said
 
 
 def test_without_room_for_all_ctas_at_once_steps_are_launched_one_by_one():

@@ -30,15 +30,18 @@ DTYPES = {
 #: The unit of rounding of what is multiplied.
 EPS = {arithmetic: torch.finfo(dtype).eps for arithmetic, dtype in DTYPES.items()} | {"tf32": 2.0**-10}
 
-#: Paths through the kernels: name, warps that share rows and sums, and sequences of a CTA.
+#: Paths through the kernels: name, warps that share rows and sums, sequences of a CTA, and how CTAs exchange h.
 PATHS = {
-    "one_cta_rows": ("one_cta", 2, 1, 0),
-    "one_cta_sums": ("one_cta", 1, 2, 8),
-    "one_cta_both": ("one_cta", 4, 2, 0),
-    "grid": ("grid", 1, 2, 0),
-    "grid_slices": ("grid", 1, 1, 8),
-    "grid_rows": ("grid", 2, 1, 8),
-    "per_step": ("per_step", 0, 0, 0),
+    "one_cta_rows": ("one_cta", 2, 1, 0, "counter"),
+    "one_cta_sums": ("one_cta", 1, 2, 8, "counter"),
+    "one_cta_both": ("one_cta", 4, 2, 0, "counter"),
+    "grid": ("grid", 1, 2, 0, "counter"),
+    "grid_slices": ("grid", 1, 1, 8, "counter"),
+    "grid_rows": ("grid", 2, 1, 8, "counter"),
+    "flags": ("grid", 1, 2, 0, "flags"),
+    "flags_slices": ("grid", 1, 1, 8, "flags"),
+    "flags_rows": ("grid", 2, 1, 8, "flags"),
+    "per_step": ("per_step", 0, 0, 0, "counter"),
 }
 PERSISTENT = [arithmetic for arithmetic in DTYPES if arithmetic != "f64"]
 KERNELS = [
@@ -94,10 +97,11 @@ class Case:
 
     def plan(self, backward: bool) -> Plan:
         native = emulated.module()
-        path, row_groups, k_groups, slice_ = PATHS[self.path]
+        path, row_groups, k_groups, slice_, exchange = PATHS[self.path]
         arithmetic = getattr(native.Arithmetic, self.arithmetic)
         sizes = native.Sizes(self.cell, arithmetic, backward, self.T, self.B, self.H, self.directions)
-        wish = {"path": getattr(native.Path, path), "row_groups": row_groups, "k_groups": k_groups, "slice": slice_}
+        wish = {"path": getattr(native.Path, path), "exchange": getattr(native.Exchange, exchange)}
+        wish |= {"row_groups": row_groups, "k_groups": k_groups, "slice": slice_}
         return Plan(sizes, native.plan(sizes, 0, **wish))
 
 
@@ -303,14 +307,26 @@ def test_graphs_of_steps_serve_one_call_after_another(cell, T):
         check(Case(cell=cell, arithmetic="f32", path="per_step", T=T + seed, seed=seed, **options))
 
 
+@pytest.mark.parametrize("schedule", OPTIONS["schedule"])
+@pytest.mark.parametrize("arithmetic", PERSISTENT)
+def test_places_of_the_ring_are_used_again(arithmetic, schedule):
+    """More steps than the ring has buffers, with flags that must be emptied in time."""
+    for seed, (cell, path) in enumerate([("lstm", "flags"), ("gru", "flags_slices"), ("rnn_tanh", "flags_rows")]):
+        sizes = {"T": 19, "B": 9, "H": 19, "directions": 1 + seed % 2}
+        check(Case(cell=cell, arithmetic=arithmetic, path=path, schedule=schedule, seed=seed, **sizes))
+
+
 #: What the emulator or, where only the values are wrong, the comparison says of each planted bug.
 BUGS = {
     "sync": "race|before it was written|before a copy|deadlock|divergence",
     "arrive": "race",
     "wait": "race",
     "fragment": "is off by",
-    "buffer": "race|is off by|before it was written",
+    "buffer": "race|is off by|before it was written|deadlock",
     "copy_wait": "before a copy to it was waited for",
+    "fence": "race",
+    "empty": "a place that is not empty",
+    "full": "is off by|never emptied",
 }
 
 
@@ -331,16 +347,26 @@ BUGS = {
         ("buffer", "grid", "f32"),
         ("buffer", "per_step", "f32"),
         ("copy_wait", "per_step", "bf16"),
+        ("sync", "flags", "f32"),
+        ("buffer", "flags", "f16"),
+        ("fence", "flags", "bf16"),
+        ("empty", "flags", "tf32"),
+        ("full", "flags", "bf16"),
     ],
 )
 def test_planted_bugs_are_found(bug, path, arithmetic, schedule, seed):
-    """A primitive that does not do its work, in any one of a thread's calls of it, is noticed on every schedule."""
+    """A primitive that does not do its work, in any one of a thread's calls of it, is noticed on every schedule.
+
+    One fence that is left out does no harm where another follows in time, nor that a place is not emptied or awaited
+    that is empty or full anyway: these fail in every call.
+    """
     native = emulated.module()
     B, H = (9, 70) if path == "per_step" else (3, 19)  # enough stages of copies, and columns in a second tile
-    case = Case(cell="lstm", arithmetic=arithmetic, path=path, schedule=schedule, T=2, B=B, H=H, seed=seed)
+    T = 12 if path == "flags" else 2  # the ring has eight buffers
+    case = Case(cell="lstm", arithmetic=arithmetic, path=path, schedule=schedule, T=T, B=B, H=H, seed=seed)
     if schedule == "in_order":
         check(case)
-    native.fault(getattr(native.Fault, bug), seed)
+    native.fault(getattr(native.Fault, bug), -1 if bug in ("fence", "empty", "full") else seed)
     with pytest.raises((RuntimeError, AssertionError), match=BUGS[bug]):
         run(case)
 

@@ -16,10 +16,13 @@ from fusedrnn.gpus import describe_gpus, describe_paths
 class Engine:
     """Plans as narrow ones do on one CTA, wider ones on many; backward gives up the grid earlier; f64 has one path."""
 
+    exchange = "counter"
+
     def plan(self, device, cell, arithmetic, time, batch, width, directions, backward):
         widest = 512 if backward else 1024
         name = "per_step" if width > widest or arithmetic == "f64" else "one_cta" if width <= 64 else "grid"
-        return SimpleNamespace(native=SimpleNamespace(path=SimpleNamespace(name=name)))
+        path, exchange = SimpleNamespace(name=name), SimpleNamespace(name=self.exchange)
+        return SimpleNamespace(native=SimpleNamespace(path=path, exchange=exchange))
 
 
 @pytest.fixture
@@ -36,6 +39,12 @@ def test_paths():
     assert rows["gru f32 backward"] == "one cta to H 64, grid to H 512, then per step"
     assert rows["lstm f64 forward"] == "per step"
     assert len(rows) == 10 * len(CELLS)
+
+
+def test_paths_name_an_exchange_other_than_the_usual(monkeypatch):
+    monkeypatch.setattr(Engine, "exchange", "flags")
+    rows = describe_paths(Engine(), 0)
+    assert rows["lstm bf16 forward"] == "one cta to H 64, grid with flags to H 1024, then per step"
 
 
 def test_gpus(a_gpu):

@@ -113,6 +113,20 @@ def test_fakes_are_what_is_real(engine, cell):
         assert [(t.shape, t.stride(), t.dtype) for t in results] == [(t.shape, t.stride(), t.dtype) for t in real]
 
 
+@pytest.mark.skipif("numba" not in ENGINES, reason="numba keeps as much as the lengths say, which has no fake")
+def test_a_forward_that_backward_repeats_is_announced():
+    class Named(torch.Tensor):
+        """Reaches the operators."""
+
+    module, x = fusedrnn.GRU(I, H), torch.randn(T, B, I).as_subclass(Named)
+    with fusedrnn.engine("numba"):
+        for lengths, grad in ((torch.tensor([4, 2]), True), (torch.tensor([4, 2]), False), (None, True)):
+            with torch.set_grad_enabled(grad):
+                (decision,) = fusedrnn.explain(module, x, lengths=lengths).decisions
+            announced = any("backward will run forward again" in reason for reason in decision.reasons)
+            assert announced == (lengths is not None and grad)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives(case):
     args = arguments(next(cell for cell in CELLS if case.startswith(cell)), **CASES[case])

@@ -48,6 +48,8 @@ void register_cuda(py::module_& m) {
   const py::module_local local;
   m.doc() = "CUDA kernels. See csrc/cuda/launch.h for the contract and fusedrnn/engines/cuda.py for the use.";
 
+  py::register_local_exception<LaunchRefused>(m, "LaunchRefused", PyExc_RuntimeError);
+
   py::enum_<Arithmetic>(m, "Arithmetic", local)
       .value("f32", Arithmetic::f32)
       .value("tf32", Arithmetic::tf32)
@@ -59,6 +61,7 @@ void register_cuda(py::module_& m) {
       .value("one_cta", Path::one_cta)
       .value("grid", Path::grid)
       .value("per_step", Path::per_step);
+  py::enum_<Exchange>(m, "Exchange", local).value("counter", Exchange::counter).value("flags", Exchange::flags);
 
   py::class_<Sizes>(m, "Sizes", local)
       .def(py::init([](const std::string& cell, Arithmetic arithmetic, bool backward, int64_t T, int64_t B, int64_t H,
@@ -72,6 +75,7 @@ void register_cuda(py::module_& m) {
 
   py::class_<Plan>(m, "Plan", local)
       .def_readonly("path", &Plan::path)
+      .def_readonly("exchange", &Plan::exchange)
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("k_groups", &Plan::k_groups)
       .def_readonly("units", &Plan::units)
@@ -86,11 +90,12 @@ void register_cuda(py::module_& m) {
 
   m.def(
       "plan",
-      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice) {
-        return make_plan(sizes, {path, row_groups, k_groups, slice}, device);
+      [](const Sizes& sizes, int device, Path path, int row_groups, int k_groups, int slice, Exchange exchange) {
+        if (row_groups < 0 || k_groups < 0 || slice < 0) throw std::invalid_argument("a wish must not be negative");
+        return make_plan(sizes, {path, row_groups, k_groups, slice, exchange}, device);
       },
       py::arg("sizes"), py::arg("device"), py::arg("path") = Path::automatic, py::arg("row_groups") = 0,
-      py::arg("k_groups") = 0, py::arg("slice") = 0);
+      py::arg("k_groups") = 0, py::arg("slice") = 0, py::arg("exchange") = Exchange::counter);
 
   m.def(
       "forward",

@@ -27,18 +27,13 @@ struct OnTensorCores {
   static constexpr int ahead = 8;  // blocks of columns that a thread may have under way
 
   // A thread's share of one block of 8 columns: its own column r.
-  struct Columns {
-    Words own;
-  };
-  template <class Load>
-  FUSEDRNN_DEVICE static Columns columns_from(int lane, Load&& load) {
-    return {load(lane / 4)};
-  }
+  static constexpr int column_words = 1;
+  FUSEDRNN_DEVICE static int column(int lane, int) { return lane / 4; }
 
-  FUSEDRNN_DEVICE static void multiply(float (&c)[sums], const Rows& a, const Columns& b) {
-    const Words &x = a.low, &y = a.high, &h = b.own;
-    Instruction::multiply(c, x.w[0], y.w[0], x.w[1], y.w[1], h.w[0], h.w[1]);
-    Instruction::multiply(c, x.w[2], y.w[2], x.w[3], y.w[3], h.w[2], h.w[3]);
+  FUSEDRNN_DEVICE static void multiply(float (&c)[sums], const Rows& a, const Words* h) {
+    const Words &x = a.low, &y = a.high;
+    Instruction::multiply(c, x.w[0], y.w[0], x.w[1], y.w[1], h->w[0], h->w[1]);
+    Instruction::multiply(c, x.w[2], y.w[2], x.w[3], y.w[3], h->w[2], h->w[3]);
   }
 
   FUSEDRNN_DEVICE static void finish(float (&result)[tile_sums], const float (&c)[sums], int) {
@@ -55,16 +50,8 @@ struct OnScalarUnits {
   static constexpr int sums = 2 * columns;
   static constexpr int ahead = 2;
 
-  struct Columns {
-    Words all[columns];
-  };
-  template <class Load>
-  FUSEDRNN_DEVICE static Columns columns_from(int, Load&& load) {
-    Columns b;
-    FUSEDRNN_UNROLL
-    for (int n = 0; n < columns; ++n) b.all[n] = load(n);
-    return b;
-  }
+  static constexpr int column_words = columns;
+  FUSEDRNN_DEVICE static int column(int, int n) { return n; }
 
   FUSEDRNN_DEVICE static float dot(float sum, const Words& a, const Words& b) {
     FUSEDRNN_UNROLL
@@ -77,11 +64,11 @@ struct OnScalarUnits {
     return sum;
   }
 
-  FUSEDRNN_DEVICE static void multiply(Real (&c)[sums], const Rows& a, const Columns& b) {
+  FUSEDRNN_DEVICE static void multiply(Real (&c)[sums], const Rows& a, const Words* h) {
     FUSEDRNN_UNROLL
     for (int n = 0; n < columns; ++n) {
-      c[n] = dot(c[n], a.low, b.all[n]);
-      c[columns + n] = dot(c[columns + n], a.high, b.all[n]);
+      c[n] = dot(c[n], a.low, h[n]);
+      c[columns + n] = dot(c[columns + n], a.high, h[n]);
     }
   }
 

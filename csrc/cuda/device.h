@@ -102,8 +102,11 @@ FUSEDRNN_DEVICE void store_words(sptr<T> p, int i, const Words& v) {
 // Of memory that other CTAs write during this launch: from the L2 cache, which all share.
 template <class T>
 FUSEDRNN_DEVICE Words load_words_shared_by_ctas(gptr<T> p, int64_t i) {
-  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.at(i)));
-  return {{v.x, v.y, v.z, v.w}};
+  Words v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p.at(i)));
+  return v;
 }
 
 // Memory that nobody writes during this launch.
@@ -124,6 +127,56 @@ FUSEDRNN_DEVICE void wait_for(gptr<unsigned> counter, unsigned count) {
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter.at(0)) : "memory");
   } while (seen < count);
+}
+
+// Everything that this thread wrote or saw written before comes before what it writes after; and what others' fences
+// put before a `put` whose value it has read, before what it reads after.
+FUSEDRNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Memory in which values say themselves that they are there: a place without one holds a bit pattern, a NaN of every
+// format, that `put` leaves to no value.
+
+template <class T>
+FUSEDRNN_DEVICE void put_bits(gptr<T> p, int64_t i, uint32_t bits) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p.at(i)), "h"(static_cast<uint16_t>(bits)));
+  else
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p.at(i)), "r"(bits));
+}
+template <class T>
+FUSEDRNN_DEVICE void put(gptr<T> p, int64_t i, T value) {
+  uint32_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  constexpr uint32_t nothing = sizeof(T) == 2 ? 0xffffu : 0xffffffffu;
+  put_bits(p, i, bits == nothing ? nothing >> 1 : bits);  // the NaN without its sign
+}
+template <class T>
+FUSEDRNN_DEVICE void empty(gptr<T> p, int64_t i) {
+  put_bits(p, i, 0xffffffffu);
+}
+template <class T>
+FUSEDRNN_DEVICE bool has_empty(const Words& words) {
+  uint32_t found = 0;
+  FUSEDRNN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t w = words.w[i];
+    found |= sizeof(T) == 2 ? (~w - 0x00010001u) & w & 0x80008000u : w == 0xffffffffu;
+  }
+  return found;
+}
+// The first `count` times 16 bytes, from element at(k) on, as soon as all their places are full.
+template <int n, class T, class At>
+FUSEDRNN_DEVICE void load_words_when_full(Words (&words)[n], int count, gptr<T> p, At&& at) {
+  bool missing;
+  do {
+    missing = false;
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < n; ++k)
+      if (k < count) words[k] = load_words_shared_by_ctas(p, at(k));
+    FUSEDRNN_UNROLL
+    for (int k = 0; k < n; ++k) missing |= k < count && has_empty<T>(words[k]);
+  } while (missing);
 }
 
 // Copies 16 aligned bytes to shared memory while the thread goes on.
@@ -187,8 +240,11 @@ FUSEDRNN_DEVICE double exponential(double x) { return exp(x); }
 FUSEDRNN_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FUSEDRNN_DEVICE double hyperbolic_tangent(double x) { return ::tanh(x); }
 
-// Which of two buffers belongs to a step.
-FUSEDRNN_DEVICE int buffer_of(int64_t step) { return step & 1; }
+// Which of a power of two buffers belongs to a step.
+template <int buffers>
+FUSEDRNN_DEVICE int buffer_of(int64_t step) {
+  return static_cast<int>(step & (buffers - 1));
+}
 
 template <class To>
 struct Convert {

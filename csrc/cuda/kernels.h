@@ -27,6 +27,7 @@ constexpr int tiles_backward = 1;
 constexpr int step_rows = 64, step_columns = 64, step_blocks = 2, step_stages = 3;
 constexpr int64_t step_shared_bytes = step_stages * step_blocks * (step_rows + step_columns) * block_bytes;
 static_assert(step_shared_bytes >= step_rows * (step_columns + 1) * 8, "the sums use the stages' memory");
+static_assert(step_shared_bytes <= 48 << 10, "a launch would have to ask for more");
 
 // How one launch is laid out. CTAs: unit blocks fastest, then slices of the batch, then directions.
 struct Geometry {
@@ -36,13 +37,15 @@ struct Geometry {
   int blocks, shared_blocks;  // blocks in a row; blocks of each warp in shared memory
   int ring_row;               // bytes of a sequence in the ring
   int ring_rows;              // sequences of a slice in the ring, a multiple of `columns`
-  void* ring;                 // (directions, slices, 2, ring_rows, ring_row) in global memory, zeroed
+  void* ring;                 // (directions, slices, buffers, ring_rows, ring_row) in global memory, zeroed or emptied
   unsigned* arrivals;         // (directions, slices), zeroed, 128 bytes apart
   void* states;               // per step: Real (directions, states, B, H)
   // Byte offsets in shared memory.
   int sums_at, bias_at, states_at, weights_at, ring_at;
 };
 constexpr int64_t arrivals_apart = 128 / sizeof(unsigned);
+constexpr int empty_byte = 0xff;  // of a place in the ring that waits for its value
+constexpr int ring_buffers(Exchange e) { return e == Exchange::flags ? 8 : 2; }
 
 // The one argument of a persistent kernel.
 struct Arguments {
@@ -66,7 +69,8 @@ using Kernel = void (*)(Arguments);
 using StepKernel = void (*)(const StepArguments*, int64_t step);
 
 struct CellKernels {
-  Kernel one_cta[2], grid[2];  // forward, backward; null where an arithmetic has none
+  // Forward, backward; null where an arithmetic has none.
+  Kernel one_cta[2], grid[2][2];  // by Exchange first
   StepKernel start[2], step[2];
 };
 

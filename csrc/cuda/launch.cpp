@@ -96,6 +96,16 @@ int64_t arrivals_bytes(const Plan& plan, int directions) {
   return directions * plan.slices * arrivals_apart * static_cast<int64_t>(sizeof(unsigned));
 }
 
+Kernel kernel_of(const Sizes& sizes, const Plan& plan) {
+  const CellKernels& k = kernels(sizes);
+  return (plan.path == Path::one_cta ? k.one_cta : k.grid[static_cast<int>(plan.exchange)])[sizes.backward];
+}
+
+// The ring in global memory of one direction.
+int64_t ring_bytes(const Plan& plan, const Geometry& g) {
+  return int64_t{ring_buffers(plan.exchange)} * plan.slices * g.ring_rows * g.ring_row;
+}
+
 int threads_of(const Plan& plan) { return plan.row_groups * plan.k_groups * lanes; }
 
 // What a step takes, in nanoseconds: a guess that only has to rank plans. [est], not measured.
@@ -135,22 +145,25 @@ std::string describe(const Sizes& sizes, const Shape& shape, const Plan& plan) {
   if (each > held) weights += plan.shared_blocks ? " and shared memory" : "";
   if (each > held + plan.shared_blocks)
     weights += ", " + std::to_string(100 * (each - held - plan.shared_blocks) / each) + "% read from the L2 cache";
-  return std::string(plan.path == Path::one_cta ? "persistent, one CTA for all units" : "persistent grid") + ", " +
-         ctas + ", " + weights + (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
+  const char* const kind = plan.path == Path::one_cta         ? "persistent, one CTA for all units"
+                           : plan.exchange == Exchange::flags ? "persistent grid with flags"
+                                                              : "persistent grid";
+  return std::string(kind) + ", " + ctas + ", " + weights +
+         (plan.directions_at_once < sizes.directions ? ", one direction after the other" : "");
 }
 
 // The division of a persistent launch among `row_groups` x `k_groups` warps a CTA; false if the device cannot run it.
 bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Plan& plan) {
   const Shape shape(sizes);
-  const CellKernels& k = kernels(sizes);
   const int64_t value = value_bytes(sizes.arithmetic);
+  if (plan.row_groups * plan.k_groups > most_warps) return false;
   plan.units = plan.row_groups * shape.tiles * tile_rows / shape.rows;
   plan.unit_blocks = static_cast<int>(ceil_div(sizes.H, plan.units));
   plan.path = plan.unit_blocks == 1 && wish.path != Path::grid ? Path::one_cta : Path::grid;
   if (wish.path != Path::automatic && wish.path != plan.path) return false;
+  plan.exchange = wish.exchange;
   if (plan.path == Path::grid && (sizes.T + 2) * plan.unit_blocks > INT32_MAX) return false;
   plan.blocks = static_cast<int>(ceil_div(shape.K * value, block_bytes));
-  const Kernel kernel = (plan.path == Path::one_cta ? k.one_cta : k.grid)[sizes.backward];
   const int most = device.processors / plan.unit_blocks;  // one CTA per processor: each takes all registers
   if (most < 1) return false;
   plan.directions_at_once = most >= sizes.directions ? sizes.directions : 1;
@@ -166,12 +179,11 @@ bool divide(const Sizes& sizes, const Wish& wish, const DeviceFacts& device, Pla
   if (over > 0) plan.shared_blocks = static_cast<int>(std::min(over, left / shared_block));
   plan.shared_bytes += plan.shared_blocks * shared_block;
   const int64_t ctas = int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once;
-  if (runtime::resident_ctas(kernel, threads_of(plan), plan.shared_bytes, device) < ctas) return false;
+  if (runtime::resident_ctas(kernel_of(sizes, plan), threads_of(plan), plan.shared_bytes, device) < ctas) return false;
   const Geometry g = geometry_of(sizes, plan);
-  if (int64_t{2} * g.ring_rows * g.ring_row > INT32_MAX) return false;  // the kernels count it in ints
-  plan.scratch_bytes =
-      arrivals_bytes(plan, sizes.directions) +
-      (plan.path == Path::grid ? int64_t{2} * sizes.directions * plan.slices * g.ring_rows * g.ring_row : 0);
+  if (ring_bytes(plan, g) / plan.slices > INT32_MAX) return false;  // the kernels count it in ints
+  plan.scratch_bytes = arrivals_bytes(plan, sizes.directions);
+  if (plan.path == Path::grid) plan.scratch_bytes += sizes.directions * ring_bytes(plan, g);
   return true;
 }
 
@@ -216,7 +228,7 @@ void run_per_step(Arguments& arguments, const Sizes& sizes, const Plan& plan, ch
   StepArguments* const on_device =
       graph ? graph->arguments() : reinterpret_cast<StepArguments*>(scratch + at.arguments);
   runtime::write_arguments(on_device, {arguments, 0}, stream);
-  runtime::zero(g.ring, at.states - at.ring, stream);
+  runtime::fill(g.ring, 0, at.states - at.ring, stream);
   runtime::launch(k.start[sizes.backward], shape, on_device, 0);
   for (; graph && steps >= graph_steps; steps -= graph_steps) graph->launch();
   for (int64_t step = 0; step < steps; ++step) runtime::launch(kernel, shape, on_device, step);
@@ -226,15 +238,14 @@ void run(Arguments& arguments, const Sizes& sizes, const Plan& plan, void* scrat
   Geometry& g = arguments.geometry;
   g = geometry_of(sizes, plan);
   if (plan.path == Path::per_step) return run_per_step(arguments, sizes, plan, static_cast<char*>(scratch), stream);
-  const CellKernels& k = kernels(sizes);
-  const Kernel kernel = (plan.path == Path::one_cta ? k.one_cta : k.grid)[sizes.backward];
-  runtime::zero(scratch, plan.scratch_bytes, stream);
+  const bool flags = plan.path == Path::grid && plan.exchange == Exchange::flags;
+  runtime::fill(scratch, flags ? empty_byte : 0, plan.scratch_bytes, stream);
   for (int d = 0; d < sizes.directions; d += plan.directions_at_once) {
     char* const rings = static_cast<char*>(scratch) + arrivals_bytes(plan, sizes.directions);
     g.first_direction = d;
     g.arrivals = static_cast<unsigned*>(scratch) + d * plan.slices * arrivals_apart;
-    g.ring = rings + int64_t{2} * d * plan.slices * g.ring_rows * g.ring_row;
-    runtime::launch_cooperative(kernel,
+    g.ring = rings + d * ring_bytes(plan, g);
+    runtime::launch_cooperative(kernel_of(sizes, plan),
                                 {int64_t{plan.unit_blocks} * plan.slices * plan.directions_at_once, threads_of(plan),
                                  plan.shared_bytes, stream},
                                 arguments);
@@ -259,7 +270,7 @@ Plan make_plan(const Sizes& sizes, const Wish& wish, int device_index) {
   const Shape shape(sizes);
   Plan best{};
   double best_time = 0;
-  const bool has_persistent = kernels(sizes).grid[0] != nullptr;
+  const bool has_persistent = kernels(sizes).one_cta[0] != nullptr;
   if (has_persistent && device.cooperative && wish.path != Path::per_step)
     for (int row_groups = most_warps; row_groups >= 1; row_groups /= 2) {
       Plan plan{};

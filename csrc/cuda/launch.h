@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "../cells/cell.h"
@@ -28,6 +29,12 @@ enum class Arithmetic { f32, tf32, bf16, f16, f64, count };
 //   per_step  one launch per step, which reads the weights anew
 enum class Path { automatic, one_cta, grid, per_step };
 
+// How the CTAs of a grid know that what they read of each other is there.
+//   counter  each adds one to a counter when its part of a step is written, and waits for all
+//   flags    what is not there is a pattern that no value has; no barrier (exchange.h)
+// Which is faster only a GPU can tell.
+enum class Exchange { counter, flags };
+
 // What a plan depends on.
 struct Sizes {
   CellKind cell;
@@ -42,10 +49,12 @@ struct Wish {
   Path path;
   int row_groups, k_groups;  // as in Plan
   int slice;
+  Exchange exchange;
 };
 
 struct Plan {
   Path path;
+  Exchange exchange;         // of a grid
   int row_groups, k_groups;  // warps of a CTA: these divide its gate rows, those what is summed over
   int units;                 // hidden units of a CTA
   int unit_blocks;           // CTAs that share the hidden units
@@ -113,6 +122,12 @@ struct DeviceFacts {
 };
 
 using Stream = void*;  // a cudaStream_t
+
+// The GPU would not run all CTAs of a launch at once, though the plan expected it: somebody may have set processors
+// apart. The path per_step does not need that.
+struct LaunchRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // All functions throw std::runtime_error with what went wrong; the GPU stays usable.
 int device_count();

@@ -62,40 +62,38 @@ class Product {
 
   // The products of step's ring rows [column, column + 8), from place `first` of `sums` on, to be added up over the k
   // groups by the reader.
-  template <class Exchange>
-  FUSEDRNN_DEVICE void run(const Exchange& exchange, int64_t step, int column, sptr<Real> sums, int first) const {
+  template <class Ring>
+  FUSEDRNN_DEVICE void run(const Ring& exchange, int64_t step, int column, sptr<Real> sums, int first) const {
     Real c[tiles][A::sums];
     FUSEDRNN_UNROLL
     for (int i = 0; i < tiles; ++i) FUSEDRNN_UNROLL
     for (int s = 0; s < A::sums; ++s) c[i][s] = Real(0);
 
-    const auto ring = [&](int j) {
-      return A::columns_from(lane_, [&](int n) {
-        return exchange.read(step, column + n, (first_ + j) * block_values + lane_ % 4 * word_values);
-      });
+    // The ring's blocks from j on: as many as `h` takes, but not those from `end` on.
+    constexpr int words = A::column_words;
+    const auto read = [&](auto& h, int j, int end) {
+      exchange.read(
+          step, h, (end - j) * words, [&](int k) { return column + A::column(lane_, k % words); },
+          [&](int k) { return (first_ + j + k / words) * block_values + lane_ % 4 * word_values; });
     };
     // As many loads on their way at once as registers allow.
     constexpr int ahead = held < A::ahead ? held : A::ahead;
     FUSEDRNN_UNROLL
     for (int j = 0; j < held; j += ahead) {
-      typename A::Columns h[ahead];
-      FUSEDRNN_UNROLL
-      for (int k = 0; k < ahead; ++k)
-        if (j + k < held && j + k < count_) h[k] = ring(j + k);
+      Words h[ahead * words];
+      read(h, j, count_ < held ? count_ : held);
       FUSEDRNN_UNROLL
       for (int k = 0; k < ahead; ++k)
         if (j + k < held && j + k < count_) {
           FUSEDRNN_UNROLL
-          for (int i = 0; i < tiles; ++i) A::multiply(c[i], in_registers_[j + k][i], h[k]);
+          for (int i = 0; i < tiles; ++i) A::multiply(c[i], in_registers_[j + k][i], h + k * words);
         }
     }
     const int on_chip = held + g_.shared_blocks;
     constexpr int further_ahead = (A::ahead + 1) / 2;  // the weights are on their way as well
     for (int j = held; j < count_; j += further_ahead) {
-      typename A::Columns h[further_ahead];
-      FUSEDRNN_UNROLL
-      for (int k = 0; k < further_ahead; ++k)
-        if (j + k < count_) h[k] = ring(j + k);
+      Words h[further_ahead * words];
+      read(h, j, count_);
       FUSEDRNN_UNROLL
       for (int k = 0; k < further_ahead; ++k)
         if (j + k < count_) {
@@ -104,7 +102,7 @@ class Product {
             const Rows rows = j + k < on_chip ? Rows{load_words(in_shared_, shared_place(j + k, i)),
                                                      load_words(in_shared_, shared_place(j + k, i) + lanes)}
                                               : weights(j + k, i);
-            A::multiply(c[i], rows, h[k]);
+            A::multiply(c[i], rows, h + k * words);
           }
         }
     }
@@ -144,7 +142,7 @@ class Product {
   Rows in_registers_[held][tiles];
 };
 
-template <class Pass, template <class> class Exchange>
+template <class Pass, template <class> class Ring>
 FUSEDRNN_KERNEL(most_warps* lanes)
 persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   using Value = typename Pass::Value;
@@ -162,7 +160,7 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
   const sptr<Real> sums(g.sums_at, 2 * sums_count);
   const sptr<Real> bias(g.bias_at, Pass::rows * g.units);
   const sptr<Real> states(g.states_at, Pass::states * g.slice * g.units);
-  const Exchange<Value> exchange(g, group);
+  const Ring<Value> exchange(g, {unit_block, group, rows_here, Pass::rings * H});
   const Product<Pass> product(pass, g, first_unit, H);
 
   for (int i = thread_index(); i < Pass::rows * g.units; i += thread_count())
@@ -209,7 +207,7 @@ persistent(FUSEDRNN_ARGUMENTS(Arguments, arguments)) {
     for (int column = 0; column < rows_here; column += columns, ++turn) {
       if (column > 0) fetch(column);
       // The buffer's last readers have met the others at the barrier of the turn between.
-      const int part = buffer_of(turn) * sums_count;
+      const int part = buffer_of<2>(turn) * sums_count;
       product.run(exchange, step, column, sums, part);
       sync();
       each(column, [&](int e, int unit, int row) {

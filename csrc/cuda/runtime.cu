@@ -20,8 +20,14 @@ void check(cudaError_t status, const char* what) {
 
 cudaStream_t stream_of(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-void allow_shared(const void* kernel, int64_t bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+// Lets a kernel have all the shared memory of the current device's CTAs, whatever this launch needs: launches that a
+// CUDA graph has recorded with more must still run afterwards.
+void allow_shared(const void* kernel) {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cannot tell the current device");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cannot ask for the device's properties");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "cannot get the shared memory that the kernel needs");
 }
 
@@ -73,7 +79,7 @@ class RecordedSteps : public StepGraph {
   }
 
   StepArguments* arguments() override { return arguments_; }
-  void launch() override { check(cudaGraphLaunch(executable_, stream_of(stream_)), "the launch of steps was refused"); }
+  void launch() override { check(cudaGraphLaunch(executable_, stream_of(stream_)), "the launch of steps failed"); }
 
  private:
   Stream stream_;
@@ -128,39 +134,42 @@ int driver_version() {
 
 int64_t resident_ctas(Kernel kernel, int threads, int64_t shared_bytes, const DeviceFacts& facts) {
   const auto function = reinterpret_cast<const void*>(kernel);
-  allow_shared(function, shared_bytes);
+  allow_shared(function);
   int each = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, static_cast<size_t>(shared_bytes)),
         "cannot tell how many CTAs run at once");
   return static_cast<int64_t>(each) * facts.processors;
 }
 
-void zero(void* memory, int64_t bytes, Stream stream) {
-  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_of(stream)), "cannot clear scratch memory");
+void fill(void* memory, int byte, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, byte, static_cast<size_t>(bytes), stream_of(stream)), "cannot prepare scratch memory");
 }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {
   const auto function = reinterpret_cast<const void*>(kernel);
-  allow_shared(function, shape.shared_bytes);
+  allow_shared(function);
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  check(cudaLaunchCooperativeKernel(function, dim3(static_cast<unsigned>(shape.ctas)),
-                                    dim3(static_cast<unsigned>(shape.threads)), pointers,
-                                    static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream)),
-        "the launch of the recurrence was refused");
+  const cudaError_t status = cudaLaunchCooperativeKernel(
+      function, dim3(static_cast<unsigned>(shape.ctas)), dim3(static_cast<unsigned>(shape.threads)), pointers,
+      static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream));
+  if (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported) {
+    cudaGetLastError();
+    throw LaunchRefused(cudaGetErrorString(status));
+  }
+  check(status, "the launch of the recurrence failed");
 }
 
 void write_arguments(StepArguments* to, const StepArguments& from, Stream stream) {
   write<<<1, 1, 0, stream_of(stream)>>>(to, from);
-  check(cudaGetLastError(), "the launch of the recurrence was refused");
+  check(cudaGetLastError(), "the launch of the recurrence failed");
 }
 
 void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  allow_shared(function, shape.shared_bytes);
   void* pointers[] = {&arguments, &step};
-  check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.ctas)), dim3(static_cast<unsigned>(shape.threads)),
-                         pointers, static_cast<size_t>(shape.shared_bytes), stream_of(shape.stream)),
-        "the launch of a step was refused");
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.ctas)),
+                         dim3(static_cast<unsigned>(shape.threads)), pointers, static_cast<size_t>(shape.shared_bytes),
+                         stream_of(shape.stream)),
+        "the launch of a step failed");
 }
 
 bool is_capturing(Stream stream) {

@@ -30,8 +30,8 @@ int runtime_version();
 int driver_version();
 // CTAs of a kernel that the current device runs at once.
 int64_t resident_ctas(Kernel kernel, int threads, int64_t shared_bytes, const DeviceFacts& facts);
-void zero(void* memory, int64_t bytes, Stream stream);
-// All CTAs run at once, or the launch is refused.
+void fill(void* memory, int byte, int64_t bytes, Stream stream);
+// All CTAs run at once, or it throws LaunchRefused.
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments);
 // Writes the arguments of per-step kernels to device memory, in the order of the stream.
 void write_arguments(StepArguments* to, const StepArguments& from, Stream stream);

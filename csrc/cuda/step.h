@@ -57,7 +57,7 @@ struct StepPlace {
     for (int s = 0; s < Pass::states; ++s) store(states, state_at(s, unit, row), state[s]);
     FUSEDRNN_UNROLL
     for (int k = 0; k < Pass::rings; ++k)
-      store(ring, buffer_of(step) * buffer_values + (first_row + row) * row_values + k * seq.H + first_unit + unit,
+      store(ring, buffer_of<2>(step) * buffer_values + (first_row + row) * row_values + k * seq.H + first_unit + unit,
             values[k]);
   }
 };
@@ -106,7 +106,7 @@ step(const StepArguments* arguments, int64_t relative_step) {
       if (block >= g.blocks)
         store_words(stages, to, Words{});
       else if (row >= step_rows && sequence < g.ring_rows)
-        copy_async(stages, to, ring, buffer_of(step) * at.buffer_values + sequence * at.row_values + value);
+        copy_async(stages, to, ring, buffer_of<2>(step) * at.buffer_values + sequence * at.row_values + value);
       else if (row < step_rows && gate < Pass::rows && unit < at.seq.H)
         copy_async(stages, to, matrix, (gate * at.seq.H + unit) * at.pass.weights_stride() + value);
       else
@@ -138,10 +138,13 @@ step(const StepArguments* arguments, int64_t relative_step) {
       const int row = row_tile * tile_rows + lane / 4;
       const Rows rows = A::weights(Rows{words_of(row), words_of(row + tile_rows / 2)});
       FUSEDRNN_UNROLL
-      for (int n = 0; n < column_groups; ++n)
-        A::multiply(c[n], rows, A::columns_from(lane, [&](int column) {
-                      return words_of(step_rows + first_column + n * columns + column);
-                    }));
+      for (int n = 0; n < column_groups; ++n) {
+        Words h[A::column_words];
+        FUSEDRNN_UNROLL
+        for (int k = 0; k < A::column_words; ++k)
+          h[k] = words_of(step_rows + first_column + n * columns + A::column(lane, k));
+        A::multiply(c[n], rows, h);
+      }
     }
   }
   wait_copies<0>();

@@ -16,7 +16,9 @@ constexpr CellKernels kernels_of() {
   CellKernels k{};
   if constexpr (A::kind != Arithmetic::f64) {  // twice the registers would not leave enough of them for weights
     k.one_cta[0] = persistent<F, OneCta>, k.one_cta[1] = persistent<B, OneCta>;
-    k.grid[0] = persistent<F, Grid>, k.grid[1] = persistent<B, Grid>;
+    k.grid[int(Exchange::counter)][0] = persistent<F, Counter>,
+    k.grid[int(Exchange::counter)][1] = persistent<B, Counter>;
+    k.grid[int(Exchange::flags)][0] = persistent<F, Flags>, k.grid[int(Exchange::flags)][1] = persistent<B, Flags>;
   }
   k.start[0] = start<F>, k.start[1] = start<B>;
   k.step[0] = step<F>, k.step[1] = step<B>;

@@ -86,7 +86,7 @@ def checked(
 
     Raises:
         TypeError: lengths or resets are not tensors.
-        RuntimeError: wrong shapes, dtypes, devices, or lengths outside [0, T].
+        RuntimeError: wrong shapes, dtypes, devices, lengths outside [0, T], or a reset_state without resets.
     """
     shape = tuple(input.shape[:-1])
     if lengths is not None:
@@ -105,16 +105,22 @@ def checked(
             if layout == "tokens":
                 raise RuntimeError("resets of a packed batch need hx=None: pad it and give lengths instead")
             resets = torch.cat([torch.zeros_like(resets[:1]), resets[1:]])
-    states = reset_state_of_rows(reset_state, input, shape, layout) if resets is not None else ()
+    states = reset_state_of_rows(reset_state, resets, input, shape, layout)
     return Along(lengths, resets, states, return_states)
 
 
 def reset_state_of_rows(
-    reset_state: Sequence[Tensor | None] | None, input: Tensor, shape: Sequence[int], layout: str
+    reset_state: Sequence[Tensor | None] | None,
+    resets: Tensor | None,
+    input: Tensor,
+    shape: Sequence[int],
+    layout: str,
 ) -> tuple[Tensor | None, ...]:
     """For each state one of each row; shapes that do not fit are left for the layer's own check."""
     if reset_state is None:
         return ()
+    if resets is None:
+        raise RuntimeError("reset_state is given without resets, which say where it is used")
     if isinstance(reset_state, Tensor) or not all(s is None or isinstance(s, Tensor) for s in reset_state):
         raise TypeError("reset_state must be like hx: a tensor, or for an LSTM a tuple of two")
     if layout == "T":

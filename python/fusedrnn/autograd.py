@@ -54,9 +54,10 @@ class Layer(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count + ALONG :]
         needs = ctx.needs_input_grad[2:]
-        if legacy_batched(grads) or in_forward_mode():
+        unusual = unusual_mode() is not None
+        if legacy_batched(grads) or (unusual and in_forward_mode()):
             result = gradient(ENGINES["reference"], ctx.template.with_tensors(tensors), grads, needs)
-        elif unusual_mode() is not None:
+        elif unusual:
             from . import ops
 
             result = ops.layer_backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)

@@ -168,7 +168,8 @@ def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
     Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone, and so
-    are modules with a learned initial state or dropouts that torch.nn's do not have.
+    are modules with a learned initial state or dropouts that torch.nn's do not have, those with parametrizations, which
+    torch.nn's ignore, and sharded ones.
 
     Args:
         model: any module, a recurrent one itself included.
@@ -183,37 +184,52 @@ def revert(model: Model) -> Model:
     return model
 
 
+class _Exchange:
+    """Our methods in the place of torch.nn's, from the first block that opens to the last that ends.
+
+    The blocks of several threads may overlap in any order.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.blocks = threading.Lock(), 0
+        self.stock: dict[tuple[type[torch.nn.Module], str], object] = {}
+
+    def open(self) -> None:
+        with self.lock:
+            self.blocks += 1
+            if self.blocks > 1:
+                return
+            for stock, ours in _OURS.items():
+                for name in ("forward", "__prepare_scriptable__"):
+                    self.stock[stock, name] = vars(stock).get(name)
+                    setattr(stock, name, getattr(ours, name))
+
+    def end(self) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if self.blocks:
+                return
+            for (stock, name), method in self.stock.items():
+                if method is None:
+                    delattr(stock, name)
+                else:
+                    setattr(stock, name, method)
+
+
+_exchange = _Exchange()
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """Run torch.nn.RNN, LSTM, GRU and their cells on fusedrnn inside the block, for code that can't be edited.
 
     The classes stay themselves and only their ``forward`` is exchanged, so it holds for modules made before and inside
     the block, for names bound at import, for subclasses that call ``super().forward``, and for code that asks
-    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends, or
-    the last of several that overlap.
+    ``type(m) is torch.nn.LSTM``. It holds for the whole process, all threads included, until the block ends; of blocks
+    inside one another, or open in several threads at once, until the last of them ends.
     """
-    with _patching:
-        if not _open_blocks:
-            for stock, name in _EXCHANGED:
-                _before_patch[stock, name] = vars(stock).get(name)
-                setattr(stock, name, getattr(_OURS[stock], name))
-        block = object()
-        _open_blocks.append(block)
+    _exchange.open()
     try:
         yield
     finally:
-        with _patching:
-            _open_blocks.remove(block)
-            if not _open_blocks:
-                for (stock, name), value in _before_patch.items():
-                    if value is None:
-                        delattr(stock, name)
-                    else:
-                        setattr(stock, name, value)
-
-
-_EXCHANGED = tuple((stock, name) for stock in _OURS for name in ("forward", "__prepare_scriptable__"))
-#: Blocks of several threads may overlap in any order: the first to begin exchanges, the last to end puts back.
-_open_blocks: list[object] = []
-_patching = threading.Lock()
-_before_patch: dict[tuple[type[torch.nn.Module], str], object] = {}
+        _exchange.end()

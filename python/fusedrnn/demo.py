@@ -129,8 +129,8 @@ class _Pair:
 
     @property
     def ratio(self) -> float:
-        """torch.nn's time over fusedrnn's: the median of the steps' ratios."""
-        return statistics.median(s / f for s, f in zip(self.stock.seconds, self.fused.seconds, strict=True))
+        """torch.nn's time over fusedrnn's: of the median steps, as the speeds beside it."""
+        return self.fused.tokens_per_second / self.stock.tokens_per_second
 
     @property
     def compared(self) -> int:

@@ -263,7 +263,7 @@ def sequence(
         )  # fmt: skip
 
     def along(layout: str) -> Along:
-        if lengths is None and resets is None and not return_states:
+        if lengths is None and resets is None and reset_state is None and not return_states:
             return PLAIN
         given = any(h is not None for h in hx) if hx_given is None else hx_given
         return along_time.checked(input, layout, lengths, resets, reset_state, return_states, given)
@@ -345,7 +345,7 @@ def cell_step(
         TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    if resets is None and not zoneout:
+    if resets is None and reset_state is None and not zoneout:
         quick = express(cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION)
         if quick is not None:
             return quick
@@ -358,7 +358,7 @@ def cell_step(
             raise RuntimeError(f"For {dims}-D input, {name} should also be {dims}-D, got {tensor.dim()}-D")
     if resets is not None:
         along_time.check_resets(resets, input.shape[:-1], input)
-    add_batch = (0, 0) if dims == 1 else (0,)
+    added = (0, 1) if dims == 1 else (0,)
 
     def batched(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -373,12 +373,12 @@ def cell_step(
             return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None, zoneout)
     five = (*weights, None)[:WEIGHTS_PER_DIRECTION]
     call = Call(cell, batched(input), tuple(map(batched, hx)), five, sequence=False, zoneout=zoneout)  # type: ignore[arg-type]
-    if resets is not None:
-        call.resets = resets[None, None] if dims == 1 else resets[None]
+    if resets is not None or reset_state is not None:
         layout = "T" if dims == 1 else "B"
-        states = along_time.reset_state_of_rows(reset_state, input, input.shape[:-1], layout)
+        states = along_time.reset_state_of_rows(reset_state, resets, input, input.shape[:-1], layout)
+        call.resets = resets[None, None] if dims == 1 else resets[None]  # type: ignore[index]
         call.reset_state = tuple(None if s is None else s[None] for s in states)
-    return tuple(state[add_batch] for state in run(call)[1:])  # type: ignore[index]
+    return tuple(state.squeeze(added) for state in run(call)[1:])  # type: ignore[union-attr]
 
 
 def rnn(

@@ -56,7 +56,8 @@ def _runs(engine: Any, device: int, cell: str, arithmetic: str, backward: bool) 
 
     def path(H: int) -> str:
         plan = engine.plan(device, cell, arithmetic, _T, _B, H, 1, backward)
-        return str(plan.native.path.name).replace("_", " ")
+        name = str(plan.native.path.name).replace("_", " ")
+        return f"{name} with flags" if name == "grid" and plan.native.exchange.name == "flags" else name
 
     for name, widths in groupby(_WIDTHS, path):
         yield name, list(widths)[-1]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dynamo, functional
@@ -39,6 +40,14 @@ class _Fused(torch.nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.jit.script"))
+
+
+def _leaf(module: torch.nn.Module, input: Proxy, hx: Any, **options: Any) -> Any:
+    """The call in the graph of torch.fx.symbolic_trace, which looks into every module but those of torch.nn itself."""
+    tracer: Any = input.tracer
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    arguments = (input,) if hx is None else (input, hx)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
 
 
 class _Recurrent(_Fused, torch.nn.RNNBase):
@@ -133,13 +142,16 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             ValueError, RuntimeError: whatever torch.nn's module raises for the same fault.
             TypeError, RuntimeError: see :func:`fusedrnn.functional.rnn`.
         """
+        if isinstance(input, Proxy):
+            along = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
+            return _leaf(self, input, hx, **along, return_states=return_states)
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
         learned = learned_state(self)
         options: dict[str, Any] = {}
-        if lengths is not None or resets is not None or return_states:
+        if lengths is not None or resets is not None or reset_state is not None or return_states:
             given: Any = None if reset_state is None else _states(cell, reset_state)
-            if given is None and learned:
+            if given is None and learned and resets is not None:
                 unbatched = not isinstance(input, PackedSequence) and input.dim() == 2
                 given = tuple(s[:, 0] for s in learned) if unbatched else learned
             options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
@@ -384,6 +396,8 @@ class RNNCell(_Fused, torch.nn.RNNCell):
 
         Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, (B or 1, H) or (H), None for zeros.
         """
+        if isinstance(input, Proxy):
+            return _leaf(self, input, hx, resets=resets, reset_state=reset_state)  # type: ignore[no-any-return]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         cell, weights = CELLS[f"rnn_{self.nonlinearity}"], _current(self, _CELL_WEIGHTS)
@@ -406,6 +420,8 @@ class LSTMCell(_Fused, torch.nn.LSTMCell):
         Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, a pair of (B or 1, H) or (H), None
         for zeros.
         """
+        if isinstance(input, Proxy):
+            return _leaf(self, input, hx, resets=resets, reset_state=reset_state)  # type: ignore[no-any-return]
         states = (None, None) if hx is None else hx
         h, c = functional.cell_step(CELLS["lstm"], input, states, _current(self, _CELL_WEIGHTS), resets, reset_state)
         return h, c
@@ -425,5 +441,7 @@ class GRUCell(_Fused, torch.nn.GRUCell):
 
         Rows where ``resets``, bool (B,) or (), is true start from ``reset_state``, (B or 1, H) or (H), None for zeros.
         """
+        if isinstance(input, Proxy):
+            return _leaf(self, input, hx, resets=resets, reset_state=reset_state)  # type: ignore[no-any-return]
         fresh = None if reset_state is None else (reset_state,)
         return functional.cell_step(CELLS["gru"], input, (hx,), _current(self, _CELL_WEIGHTS), resets, fresh)[0]

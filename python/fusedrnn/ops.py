@@ -129,13 +129,13 @@ def _by_reference(call: Call, reason: str) -> Outputs:
 
 
 def _run(call: Call, choice: Choice, save: bool) -> tuple[list[Tensor], list[Tensor]]:
-    call = call.with_tensors([plain(t) for t in call.tensors()])
+    call = call.with_tensors(plain(call.tensors()))
     choice.route = "called as an operator of torch (torch.ops.fusedrnn)"
-    keeps = bool(choice.engine.saved_shapes(call))
+    keeps = save and bool(choice.engine.saved_shapes(call))
     if save and not keeps and not choice.engine.traceable:
         choice.route += "; backward will run forward again"
     announce(call, choice)
-    outputs, saved = autograd.forward(choice.engine, call, save and keeps)
+    outputs, saved = autograd.forward(choice.engine, call, keeps)
     return [_owned(t, choice.engine) for t in _present(outputs)], list(saved)
 
 
@@ -154,15 +154,15 @@ def _layer_with_saved(*arguments: Any) -> list[Tensor]:
     choice = choose(call)
     if choice.engine is not engine:
         choice = Choice(engine, forced=False, declined={choice.engine.name: "another was chosen when torch traced it"})
-    outputs, saved = _run(call, choice, save=bool(engine.saved_shapes(call)))
+    outputs, saved = _run(call, choice, save=True)
     return [*outputs, *saved]
 
 
 def _layer_backward(grads: _Tensors, *arguments: Any) -> list[Tensor]:
     *of_call, saved, needs, name = arguments
     call, engine = _call(*of_call), ENGINES[name]
-    tensors = [plain(t) for t in call.tensors()]
-    grads = [plain(g) for g in grads] if call.sequence else [None, *map(plain, grads)]
+    tensors = plain(call.tensors())
+    grads = plain(grads) if call.sequence else [None, *plain(grads)]
     if engine.traceable:
         with autograd_enabled_again():
             variables = [
@@ -240,11 +240,12 @@ def _refuse_tangents(tensors: _Tensors) -> None:
 
 def _layer_autograd(*arguments: Any) -> list[Tensor]:
     call = _call(*arguments)
-    if in_forward_mode(call.tensors()):
+    tensors = call.tensors()
+    if in_forward_mode(tensors):
         return _present(_by_reference(call, "inside forward-mode differentiation"))
-    if not _wants_gradient(call.tensors()):
+    if not _wants_gradient(tensors):
         return _below_autograd(_OPERATORS.layer.default, *arguments)
-    return _layer_with_saved_autograd(*arguments, choose(call).engine.name)[: _count(call)]
+    return list(_with_gradient(call, tensors, choose(call).engine.name)[: _count(call)])
 
 
 def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
@@ -253,7 +254,11 @@ def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
     _refuse_tangents(tensors)
     if not _wants_gradient(tensors):
         return _below_autograd(_OPERATORS.layer_with_saved.default, *arguments)
-    return list(apply_here(_LayerWithSaved, engine, call.without_tensors(), *call.along(), *tensors))
+    return list(_with_gradient(call, tensors, engine))
+
+
+def _with_gradient(call: Call, tensors: _Tensors, engine: str) -> tuple[Tensor, ...]:
+    return apply_here(_LayerWithSaved, engine, call.without_tensors(), *call.along(), *tensors)
 
 
 class _LayerWithSaved(torch.autograd.Function):

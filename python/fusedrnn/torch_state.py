@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,9 +81,11 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
-def plain(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without a subclass that only renames it."""
-    return tensor if type(tensor) in _PLAIN_TYPES else tensor.as_subclass(Tensor)  # type: ignore[union-attr]
+def plain(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The tensors without subclasses that only rename them."""
+    if _PLAIN_TYPES.issuperset(map(type, tensors)):
+        return tensors
+    return [t if type(t) in _PLAIN_TYPES else t.as_subclass(Tensor) for t in tensors]  # type: ignore[union-attr]
 
 
 def in_memory(tensor: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/kernels.h"
 
 #if !defined(__x86_64__) || defined(FUSEDRNN_PORTABLE_FIBERS)
 #include <ucontext.h>
@@ -114,7 +115,9 @@ struct Fiber {
   int index = 0;
   bool done = false, waiting = false;
   Site waits_in{};
-  std::shared_ptr<const Clock> known;  // shared by threads that met and learnt nothing since
+  std::shared_ptr<const Clock> known;   // shared by threads that met and learnt nothing since
+  std::shared_ptr<const Clock> fenced;  // what it knew at its last fence: comes with what it puts
+  Clock read;                           // came with what it read: known from its next fence on
   uint32_t time = 1;
   int64_t calls = 0;  // of the primitive that the tests break
   std::vector<std::vector<Copy>> copies;
@@ -140,6 +143,14 @@ struct Counter {
   std::vector<std::pair<Fiber*, unsigned>> waiters;
 };
 
+// What is known of a place that a value is put into.
+struct Place {
+  std::shared_ptr<const Clock> comes_with;  // what the writer's last fence released
+  Moment emptied{};
+  std::vector<Moment> reads;  // since then
+  bool has_value = false;
+};
+
 struct Page {
   Cell cells[2048];
 };
@@ -151,6 +162,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Cta> ctas;
   std::map<const unsigned*, Counter> counters;
+  std::unordered_map<const void*, Place> places;
+  std::unordered_map<uintptr_t, std::vector<Fiber*>> at_empty;  // who waits for a place of these 16 bytes
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   uintptr_t last_page = 0;
   Page* last = nullptr;
@@ -420,6 +433,74 @@ void wait_for(const unsigned* counter, unsigned count, const Site& site) {
   auto known = std::make_shared<Clock>(*m.current->known);
   join(*known, c.clock);
   m.current->known = known;
+}
+
+void fence() {
+  Machine& m = *machine;
+  Fiber& f = *m.current;
+  auto known = std::make_shared<Clock>(*f.known);
+  join(*known, f.read);
+  f.read.clear();
+  f.known = known;
+  auto released = std::make_shared<Clock>(*known);
+  (*released)[f.number] = f.time++;
+  f.fenced = released;
+}
+
+namespace {
+bool is_empty(const void* p, size_t size) {
+  const char* bytes = static_cast<const char*>(p);
+  return std::all_of(bytes, bytes + size, [](char c) { return c == static_cast<char>(cuda::empty_byte); });
+}
+}  // namespace
+
+void wait_until_full(const void* p, size_t size, const Site& site) {
+  Machine& m = *machine;
+  Fiber& f = *m.current;
+  for (const char* at = static_cast<const char*>(p); at < static_cast<const char*>(p) + sizeof(Words); at += size) {
+    while (is_empty(at, size)) {
+      m.at_empty[reinterpret_cast<uintptr_t>(p)].push_back(&f);
+      m.wait(site);
+    }
+    Place& place = m.places[at];
+    if (!place.has_value) fail("reads a place that was never emptied", site);
+    if (!m.knows(place.emptied))
+      fail("race: reads a place that " + m.name(place.emptied) +
+               " emptied, without a fence between: it may still show the value before",
+           site);
+    if (place.comes_with) join(f.read, *place.comes_with);
+    const auto mine = std::find_if(place.reads.begin(), place.reads.end(),
+                                   [&](const Moment& moment) { return moment.thread == f.number; });
+    if (mine == place.reads.end())
+      place.reads.push_back(m.now());
+    else
+      *mine = m.now();
+  }
+}
+
+void put(void* p, const void* value, size_t size, const Site& site) {
+  Machine& m = *machine;
+  Place& place = m.places[p];
+  if (!is_empty(p, size)) fail("puts a value into a place that is not empty", site);
+  std::memcpy(p, value, size);
+  // The sign of the one NaN that means nothing.
+  if (is_empty(p, size) && !faulty(Fault::put)) static_cast<unsigned char*>(p)[size - 1] = cuda::empty_byte >> 1;
+  place.comes_with = m.current->fenced;
+  place.has_value = true;
+  const auto waiting = m.at_empty.find(reinterpret_cast<uintptr_t>(p) / sizeof(Words) * sizeof(Words));
+  if (waiting == m.at_empty.end()) return;
+  for (Fiber* f : waiting->second) m.make_ready(f);
+  m.at_empty.erase(waiting);
+}
+
+void empty(void* p, size_t size, const Site& site) {
+  Machine& m = *machine;
+  Place& place = m.places[p];
+  for (const Moment& moment : place.reads)
+    if (!m.knows(moment)) fail("race: empties a place that " + m.name(moment) + " read, without a fence between", site);
+  place.reads.clear();
+  place.emptied = m.now();
+  std::memset(p, cuda::empty_byte, size);
 }
 
 void copy_async(void* shared, const void* global, const Site& site) {

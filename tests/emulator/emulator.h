@@ -2,7 +2,8 @@
 // and what threads do together is a rendezvous. It checks what hardware would not tell:
 //
 //   bounds and alignment of every access; shared memory read before it was written, or before a copy was waited for;
-//   races, by happens-before clocks: barriers and arrive/wait order memory, shuffles and tensor cores do not;
+//   races, by happens-before clocks: barriers, arrive/wait, and fences with put/load_words_when_full between them order
+//   memory, shuffles and tensor cores do not;
 //   divergence: threads that meet in different operations; deadlock, with who waits where.
 //
 // Not modelled: memory scopes, bank conflicts, registers, the rounding inside tensor cores, limits of co-residency,
@@ -35,7 +36,21 @@ struct Site {
 };
 
 // What the tests may break, to see that it is found: the n-th call of each thread, or every call.
-enum class Fault { none, sync, arrive, wait, fragment, buffer, copy_wait, launch };
+enum class Fault {
+  none,
+  sync,
+  arrive,
+  wait,
+  fragment,
+  buffer,
+  copy_wait,
+  fence,
+  put,
+  empty,
+  full,
+  cooperative_launch,
+  launch
+};
 // Which of the threads that can run goes next. ahead: those of one CTA, as long as one of them can.
 enum class Schedule { in_order, reversed, random, ahead };
 
@@ -63,6 +78,11 @@ void meet_cta(const Site& site);
 void meet_warp(const Site& site, void* mine, const std::function<void(void* const*)>& all);
 void arrive(unsigned* counter, const Site& site);
 void wait_for(const unsigned* counter, unsigned count, const Site& site);
+void fence();
+// The places of 16 bytes, of `size` bytes each, are full, and none can still show a value from before it was emptied.
+void wait_until_full(const void* p, size_t size, const Site& site);
+void put(void* p, const void* value, size_t size, const Site& site);
+void empty(void* p, size_t size, const Site& site);
 void copy_async(void* shared, const void* global, const Site& site);
 void commit_copies();
 void wait_copies(int pending);
@@ -200,6 +220,29 @@ inline void wait_for(gptr<unsigned> counter, unsigned count, FUSEDRNN_SITE) {
   if (!emulator::faulty(emulator::Fault::wait)) emulator::wait_for(counter.at(0, 1, site), count, site);
 }
 
+inline void fence() {
+  if (!emulator::faulty(emulator::Fault::fence)) emulator::fence();
+}
+template <class T>
+void put(gptr<T> p, int64_t i, T value, FUSEDRNN_SITE) {
+  const emulator::Site site{"put", file, line};
+  emulator::put(p.at(i, 1, site), &value, sizeof(T), site);
+}
+template <class T>
+void empty(gptr<T> p, int64_t i, FUSEDRNN_SITE) {
+  const emulator::Site site{"empty", file, line};
+  if (!emulator::faulty(emulator::Fault::empty)) emulator::empty(p.at(i, 1, site), sizeof(T), site);
+}
+template <int n, class T, class At>
+void load_words_when_full(Words (&words)[n], int count, gptr<T> p, At&& at, FUSEDRNN_SITE) {
+  const emulator::Site site{"load_words_when_full", file, line};
+  for (int k = 0; k < n && k < count; ++k) {
+    const T* from = p.at(at(k), sizeof(Words) / sizeof(T), site);
+    if (!emulator::faulty(emulator::Fault::full)) emulator::wait_until_full(from, sizeof(T), site);
+    std::memcpy(&words[k], from, sizeof(Words));
+  }
+}
+
 template <class T>
 void copy_async(sptr<T> to, int64_t i, gptr<const T> from, int64_t k, FUSEDRNN_SITE) {
   const emulator::Site site{"copy_async", file, line};
@@ -325,8 +368,9 @@ inline double exponential(double x) { return std::exp(x); }
 inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 
-inline int buffer_of(int64_t step) {
-  return static_cast<int>((step ^ (emulator::faulty(emulator::Fault::buffer) ? 1 : 0)) & 1);
+template <int buffers>
+int buffer_of(int64_t step) {
+  return static_cast<int>((step ^ (emulator::faulty(emulator::Fault::buffer) ? 1 : 0)) & (buffers - 1));
 }
 
 template <class To, class From>

@@ -22,6 +22,11 @@ PYBIND11_MODULE(_cuda_emulated, m) {
       .value("fragment", Fault::fragment)
       .value("buffer", Fault::buffer)
       .value("copy_wait", Fault::copy_wait)
+      .value("fence", Fault::fence)
+      .value("put", Fault::put)
+      .value("empty", Fault::empty)
+      .value("full", Fault::full)
+      .value("cooperative_launch", Fault::cooperative_launch)
       .value("launch", Fault::launch);
   m.def(
       "schedule", [](Schedule schedule, uint64_t seed) { settings().schedule = schedule, settings().seed = seed; },

@@ -28,17 +28,25 @@ int driver_version() { return 0; }
 
 int64_t resident_ctas(Kernel, int, int64_t, const DeviceFacts& facts) { return facts.processors; }
 
-void zero(void* memory, int64_t bytes, Stream) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+namespace {
+void fail_if_wanted() {
+  if (emulator::settings().fault == emulator::Fault::launch)
+    throw std::runtime_error("the launch failed: as the tests want it");
+}
+}  // namespace
+
+void fill(void* memory, int byte, int64_t bytes, Stream) { std::memset(memory, byte, static_cast<size_t>(bytes)); }
 
 void launch_cooperative(Kernel kernel, const Shape& shape, const Arguments& arguments) {
-  if (emulator::settings().fault == emulator::Fault::launch)
-    throw std::runtime_error("the launch of the recurrence was refused: as the tests want it");
+  if (emulator::settings().fault == emulator::Fault::cooperative_launch) throw LaunchRefused("as the tests want it");
+  fail_if_wanted();
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments); });
 }
 
 void write_arguments(StepArguments* to, const StepArguments& from, Stream) { *to = from; }
 
 void launch(StepKernel kernel, const Shape& shape, const StepArguments* arguments, int64_t step) {
+  fail_if_wanted();
   emulator::launch(shape.ctas, shape.threads, shape.shared_bytes, [&] { kernel(arguments, step); });
 }
 

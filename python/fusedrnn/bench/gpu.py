@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import explain
+from ..engines.cuda import EXCHANGE
 from ..torch_state import gpu_driver, tf32_in_rnns
 from . import plots, tables
 from .contestants import CONTESTANTS, FUSEDRNN, TORCH, Run, Task, fused_copy, make_task, race
@@ -26,7 +27,7 @@ from .timer import Clock, gpu_clock
 #: Seconds between two writings of the results.
 _SAVE_EVERY = 10.0
 #: Facts that two sittings must share for their results to stand in one file.
-_SAME = ("gpu", "torch", "fusedrnn")
+_SAME = ("gpu", "torch", "fusedrnn", "exchange")
 
 GRID = tuple(GpuCell(*names) for names in product(USUAL_CELLS, MODES, PRECISIONS, GPU_SHAPES))
 
@@ -170,7 +171,7 @@ def run(console: Console, options: GpuOptions, device: Device, out: Path | None)
 
 def _take_up(path: Path, device: Device, fresh: bool) -> Results:
     """The results that the file holds already, or new ones, on this machine."""
-    machine = describe_machine() | device.facts
+    machine = describe_machine() | device.facts | {"exchange": EXCHANGE}
     rates = {
         name: peak(precision, device.device, device.clock, device.peak_width) for name, precision in PRECISIONS.items()
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -138,7 +138,10 @@ class Call:
     def with_along(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call with other tensors in the places of :meth:`along`."""
         batch_sizes, lengths, resets, h_mask, seed = tensors
-        return replace(self, batch_sizes=batch_sizes, lengths=lengths, resets=resets, h_mask=h_mask, seed=seed)
+        of_layer = self.cell, self.input, self.hx, self.weights
+        of_sequence = batch_sizes, self.sequence, lengths, resets
+        masks = h_mask, self.zoneout, seed
+        return Call(*of_layer, *of_sequence, self.reset_state, self.every_state, *masks, self.recompute)
 
     @property
     def outputs(self) -> int:
@@ -247,7 +250,10 @@ class Call:
         sizes = self.batch_sizes
         assert sizes is not None
         if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
-            raise RuntimeError("batch_sizes should always be on CPU, one-dimensional, int64")
+            raise RuntimeError(
+                "batch_sizes should always be on CPU, one-dimensional, int64, but got them on "
+                f"{sizes.device}, {sizes.dim()}-dimensional, {sizes.dtype}"
+            )
         if self.input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions (tokens, feature), got {self.input.dim()}")
         if not values:

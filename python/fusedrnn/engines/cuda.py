@@ -15,13 +15,14 @@ kernels know nothing of it.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,10 +32,17 @@ from ..installation import load
 from ..torch_state import allows_tf32_in_products, allows_tf32_in_rnn, in_memory, set_tf32_in_products
 from .base import WEIGHTS_PER_DIRECTION, Call, Outputs, Saved
 
+T = TypeVar("T")
+
 _cuda, _missing = load("_cuda")
 
 _ARITHMETIC = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 _LEAST_CAPABILITY = (8, 0)
+_EXCHANGES = ("counter", "flags")
+#: How the CTAs of a grid know that each other's h is there (csrc/cuda/exchange.h), until measurements on GPUs decide.
+EXCHANGE = os.environ.get("FUSEDRNN_CUDA_EXCHANGE", _EXCHANGES[0])
+if EXCHANGE not in _EXCHANGES:
+    raise ValueError(f"FUSEDRNN_CUDA_EXCHANGE: unknown exchange {EXCHANGE!r}; choose one of {', '.join(_EXCHANGES)}")
 #: Rows of weights begin at multiples of this many bytes, and end in zeros.
 _BLOCK_BYTES = 64
 
@@ -54,6 +62,7 @@ class CudaEngine:
     def __init__(self, module: ModuleType | None = _cuda, device_type: str = "cuda") -> None:
         self._module, self._device_type = module, device_type
         self._unavailable = _why_unavailable(module)
+        self._refusing: set[int] = set()  # GPUs that did not launch a plan of many CTAs at once
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self._capability = cache(lambda device: module.device(device)["capability"])  # type: ignore[union-attr]
 
@@ -120,7 +129,21 @@ class CudaEngine:
     ) -> Any:
         assert self._module is not None
         sizes = self._module.Sizes(cell, getattr(self._module.Arithmetic, arithmetic), backward, T, B, H, directions)
-        return Plan(sizes, self._module.plan(sizes, device))
+        if device not in self._refusing:
+            return Plan(sizes, self._module.plan(sizes, device, exchange=getattr(self._module.Exchange, EXCHANGE)))
+        native = self._module.plan(sizes, device, path=self._module.Path.per_step)
+        return Plan(sizes, native, " (the GPU refused to run all CTAs at once)")
+
+    def _run(self, call: Call, backward: bool, recurrence: Callable[[Plan], T]) -> T:
+        """A recurrence with its plan; from the first refused launch on that of one launch per step."""
+        assert self._module is not None
+        device, *sizes = self._sizes(call)
+        try:
+            return recurrence(self.plan(device, *sizes, backward))
+        except self._module.LaunchRefused:
+            self._refusing.add(device)
+            self.plan.cache_clear()
+            return recurrence(self.plan(device, *sizes, backward))
 
     def _forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         D, H, R, B = call.directions, call.hidden_size, call.output_size, call.batch
@@ -139,8 +162,9 @@ class CudaEngine:
         output = x.new_empty((*call.input.shape[:-1], D * R))
         hidden = x.new_empty((len(x), D * H)) if projected else output
         recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
-        final, kept = recurrence.forward(
-            self.plan(*self._sizes(call), False), gates_x, _recurrent(call), _biases(call), hx, hidden, save
+        weights, biases = _recurrent(call), _biases(call)
+        final, kept = self._run(
+            call, False, lambda plan: recurrence.forward(plan, gates_x, weights, biases, hx, hidden, save)
         )
         if projected:
             rows = _tokens(output)
@@ -173,8 +197,9 @@ class CudaEngine:
             if d_final[0] is not None:
                 d_final[0] = torch.stack([d_final[0][d] @ w_hr[d] for d in range(D)])
         recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
-        d_slots, d_initial = recurrence.backward(
-            self.plan(*self._sizes(call), True), _recurrent(call), hx, hidden, kept, d_hidden, d_final
+        weights = _recurrent(call)
+        d_slots, d_initial = self._run(
+            call, True, lambda plan: recurrence.backward(plan, weights, hx, hidden, kept, d_hidden, d_final)
         )
 
         # In the slots of the input's products gates may lie in another order than in the weights.
@@ -229,9 +254,10 @@ class Plan:
 
     sizes: Any
     native: Any
+    why: str = ""
 
     def __str__(self) -> str:
-        return str(self.native)
+        return f"{self.native}{self.why}"
 
 
 @dataclass
