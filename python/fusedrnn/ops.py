@@ -77,11 +77,12 @@ def _call(
     sequence: bool,
     lengths: Tensor | None,
     resets: Tensor | None,
-    reset_state: _Tensors,
+    reset_state: _Tensors | None,
     every_state: bool,
 ) -> Call:
     of_sequence = batch_sizes, sequence, lengths, resets
-    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *of_sequence, tuple(reset_state), every_state)
+    # A program compiled ahead of time passes an empty list as None.
+    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *of_sequence, tuple(reset_state or ()), every_state)
 
 
 def _outputs(sequence: bool, results: _Tensors) -> Outputs:
