@@ -222,7 +222,6 @@ def test_compiled_autograd():
     assert_close(got, list(torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))))
 
 
-@pytest.mark.full
 def test_ahead_of_time_package(tmp_path):
     """A package of AOTInductor, loaded where the operators can be found."""
     module = fusedrnn.LSTM(I, H, num_layers=2).eval()

@@ -79,13 +79,14 @@ def _call(
     sequence: bool,
     lengths: Tensor | None,
     resets: Tensor | None,
-    reset_state: _Tensors,
+    reset_state: _Tensors | None,
     every_state: bool,
     h_mask: Tensor | None,
-    zoneout: Sequence[float],
+    zoneout: Sequence[float] | None,
     seed: Tensor | None,
     recompute: bool,
 ) -> Call:
+    # A program compiled ahead of time passes an empty list as None.
     return Call(
         CELLS[cell],
         input,
@@ -95,10 +96,10 @@ def _call(
         sequence,
         lengths,
         resets,
-        tuple(reset_state),
+        tuple(reset_state or ()),
         every_state,
         h_mask,
-        tuple(zoneout),
+        tuple(zoneout or ()),
         seed,
         recompute,
     )
@@ -244,7 +245,7 @@ def _layer_autograd(*arguments: Any) -> list[Tensor]:
     if in_forward_mode(tensors):
         return _present(_by_reference(call, "inside forward-mode differentiation"))
     if not _wants_gradient(tensors):
-        return _below_autograd(_OPERATORS.layer.default, *arguments)
+        return _below_autograd(_OPERATORS.layer.default, *_arguments(call))
     return list(_with_gradient(call, tensors, choose(call).engine.name)[: _count(call)])
 
 
@@ -253,7 +254,7 @@ def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
     tensors = call.tensors()
     _refuse_tangents(tensors)
     if not _wants_gradient(tensors):
-        return _below_autograd(_OPERATORS.layer_with_saved.default, *arguments)
+        return _below_autograd(_OPERATORS.layer_with_saved.default, *_arguments(call), engine)
     return list(_with_gradient(call, tensors, engine))
 
 
