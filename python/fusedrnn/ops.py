@@ -225,7 +225,7 @@ def _layer_autograd(*arguments: Any) -> list[Tensor]:
     if in_forward_mode(tensors):
         return _present(_by_reference(call, "inside forward-mode differentiation"))
     if not _wants_gradient(tensors):
-        return _below_autograd(_OPERATORS.layer.default, *arguments)
+        return _below_autograd(_OPERATORS.layer.default, *_arguments(call))
     return list(_with_gradient(call, tensors, choose(call).engine.name)[: _count(call)])
 
 
