@@ -114,13 +114,29 @@ CELLS: dict[str, Cell] = {"rnn_tanh": Tanh(), "rnn_relu": Relu(), "lstm": Lstm()
 
 
 class Direction:
-    """One direction of one layer: runs at construction and remembers what ``backward`` needs."""
+    """One direction of one layer: runs at construction and remembers what ``backward`` needs.
+
+    Args:
+        mask: (B, R), by which h is multiplied before W_hh, or None for ones.
+        stays: for each state (T, B, width), the share of the state before in the one after a step, or None for zeros.
+    """
 
     def __init__(
-        self, cell: Cell, x: Array, lengths: Array, initial: Sequence[Array], weights: Weights, *, reverse: bool
+        self,
+        cell: Cell,
+        x: Array,
+        lengths: Array,
+        initial: Sequence[Array],
+        weights: Weights,
+        *,
+        reverse: bool,
+        mask: Array | None = None,
+        stays: Sequence[Array] | None = None,
     ) -> None:
         steps, batch, _ = x.shape
         self.cell, self.x, self.weights = cell, x, weights
+        self.mask = np.ones_like(initial[0]) if mask is None else mask
+        self.stays = [np.zeros((steps, *state.shape)) for state in initial] if stays is None else stays
         self.final = [state.copy() for state in initial]
         self.steps = [np.zeros((steps, batch, state.shape[1])) for state in initial]
         self.output = self.steps[0]
@@ -128,18 +144,21 @@ class Direction:
         for t in reversed(range(steps)) if reverse else range(steps):
             rows = np.flatnonzero(lengths > t)
             old = [state[rows] for state in self.final]
-            a, b = x[t, rows] @ weights.weight_ih.T, old[0] @ weights.weight_hh.T
+            entering = old[0] * self.mask[rows]
+            a, b = x[t, rows] @ weights.weight_ih.T, entering @ weights.weight_hh.T
             if weights.bias_ih is not None:
                 a, b = a + weights.bias_ih, b + weights.bias_hh
             new, kept = cell.forward(a, b, old)
             hidden = new[0]
             if weights.weight_hr is not None:
                 new[0] = hidden @ weights.weight_hr.T
+            share = [s[t, rows] for s in self.stays]
+            new = [k * before + (1 - k) * after for k, before, after in zip(share, old, new, strict=True)]
             for state, value in zip(self.final, new, strict=True):
                 state[rows] = value
             for at_every_step, value in zip(self.steps, new, strict=True):
                 at_every_step[t, rows] = value
-            self.tape.append((t, rows, old[0], hidden, kept))
+            self.tape.append((t, rows, entering, hidden, kept))
 
     def backward(
         self, d_output: Array, d_final: Sequence[Array], d_others: Sequence[Array] = ()
@@ -152,24 +171,27 @@ class Direction:
         d_w = Weights(*(None if v is None else np.zeros_like(v) for v in w))
         d_x = np.zeros_like(self.x)
         d_states = [d.copy() for d in d_final]
-        for t, rows, old_h, hidden, kept in reversed(self.tape):
+        for t, rows, entering, hidden, kept in reversed(self.tape):
             d_new = [d[rows] for d in d_states]
             for k, d_step in enumerate([d_output, *d_others]):
                 d_new[k] = d_new[k] + d_step[t, rows]
+            share = [s[t, rows] for s in self.stays]
+            d_past = [k * d for k, d in zip(share, d_new, strict=True)]
+            d_new = [(1 - k) * d for k, d in zip(share, d_new, strict=True)]
             if w.weight_hr is not None:
                 d_w.weight_hr[...] += d_new[0].T @ hidden
                 d_new[0] = d_new[0] @ w.weight_hr
             d_a, d_b, d_old = self.cell.backward(kept, d_new)
             d_w.weight_ih[...] += d_a.T @ self.x[t, rows]
-            d_w.weight_hh[...] += d_b.T @ old_h
+            d_w.weight_hh[...] += d_b.T @ entering
             if w.bias_ih is not None:
                 d_w.bias_ih[...] += d_a.sum(0)
                 d_w.bias_hh[...] += d_b.sum(0)
             d_x[t, rows] = d_a @ w.weight_ih
             # Only an LSTM is projected, and its old h enters through the gates alone: widths H and R never meet here.
-            d_old[0] = d_b @ w.weight_hh + (0 if w.weight_hr is not None else d_old[0])
-            for d, value in zip(d_states, d_old, strict=True):
-                d[rows] = value
+            d_old[0] = d_b @ w.weight_hh * self.mask[rows] + (0 if w.weight_hr is not None else d_old[0])
+            for d, value, past in zip(d_states, d_old, d_past, strict=True):
+                d[rows] = value + past
         return d_x, d_states, d_w
 
 
@@ -192,6 +214,8 @@ class Segments:
         weights: Weights,
         *,
         reverse: bool,
+        mask: Array | None = None,
+        stays: Sequence[Array] | None = None,
     ) -> None:
         steps, batch, features = x.shape
         self.shape, self.pieces = x.shape, []
@@ -209,7 +233,17 @@ class Segments:
             rows[: lengths_of_pieces[n], n] = x[piece, b]
             for start, old, new in zip(starts, initial, reset_state, strict=True):
                 start[n] = (new if anew else old)[b]
-        self.run = Direction(cell, rows, lengths_of_pieces, starts, weights, reverse=reverse)
+        of_rows = [b for b, _, _, _ in self.pieces]
+        self.run = Direction(
+            cell,
+            rows,
+            lengths_of_pieces,
+            starts,
+            weights,
+            reverse=reverse,
+            mask=None if mask is None else mask[of_rows],
+            stays=None if stays is None else [self._split(s) for s in stays],
+        )
         self.steps = [self._joined(values) for values in self.run.steps]
         self.output = self.steps[0]
         self.final = [np.zeros_like(state) for state in initial]
@@ -256,6 +290,8 @@ class Network:
         directions: D.
         resets: (T, B), or None for none.
         reset_state: for each state (L*D, B, width), or None for zeros.
+        mask: (L*D, B, R), by which h is multiplied before W_hh, or None for ones.
+        stays: for each state (L*D, T, B, width), the share of the state before in the one after, or None for zeros.
 
     Attributes:
         output: (T, B, D*R).
@@ -275,6 +311,8 @@ class Network:
         directions: int = 1,
         resets: Array | None = None,
         reset_state: Sequence[Array] | None = None,
+        mask: Array | None = None,
+        stays: Sequence[Array] | None = None,
     ) -> None:
         steps, batch, _ = x.shape
         lengths = np.full(batch, steps) if lengths is None else np.asarray(lengths)
@@ -287,9 +325,15 @@ class Network:
 
         def run(k: int, reverse: bool) -> Direction | Segments:
             start = [state[k] for state in initial]
+            drops: dict[str, Any] = {
+                "mask": None if mask is None else mask[k],
+                "stays": None if stays is None else [s[k] for s in stays],
+            }
             if resets is None:
-                return Direction(cell, x, lengths, start, weights[k], reverse=reverse)
-            return Segments(cell, x, lengths, resets, start, [s[k] for s in fresh], weights[k], reverse=reverse)
+                return Direction(cell, x, lengths, start, weights[k], reverse=reverse, **drops)
+            return Segments(
+                cell, x, lengths, resets, start, [s[k] for s in fresh], weights[k], reverse=reverse, **drops
+            )
 
         self.layers: list[list[Direction | Segments]] = []
         for first in range(0, len(weights), directions):

@@ -461,3 +461,26 @@ def test_the_examples_of_the_documentation(page):
     for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / page).read_text(), re.DOTALL):
         if "torch.distributed" not in block:  # for torchrun
             exec(block, names)
+
+
+def test_debug():
+    """It holds until its block ends, or without one from then on; on the CPU lengths are checked in any case."""
+    from fusedrnn import along
+
+    before = along._debugging.get()
+    with fusedrnn.debug(True):
+        assert along._debugging.get()
+        with fusedrnn.debug(False):
+            assert not along._debugging.get()
+        assert along._debugging.get()
+    assert along._debugging.get() == before
+
+
+@pytest.mark.gpu
+def test_lengths_on_a_gpu_are_checked_while_debugging():
+    module, x = fusedrnn.GRU(4, 6, device="cuda"), torch.randn(5, 2, 4, device="cuda")
+    wrong = torch.tensor([-3, 9], device="cuda")
+    with fusedrnn.debug(True), pytest.raises(RuntimeError, match="from 0 to the 5 steps of the input, got -3"):
+        module(x, lengths=wrong)
+    clamped = module(x, lengths=wrong)
+    torch.testing.assert_close(clamped, module(x, lengths=torch.tensor([0, 5])))

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 import fusedrnn.__main__
-from fusedrnn.bench import cost, driver, grid, limits, memory, tables
+from fusedrnn.bench import cost, driver, grid, limits, memory, sequences, tables
 from fusedrnn.bench.contestants import CONTESTANTS, FUSEDRNN, TORCH, make_task
 from fusedrnn.bench.driver import Driver, Entry, WorkerError
 from fusedrnn.bench.peers import CELL_LOOP, JAX, ONNXRUNTIME, PEERS, installed, rivals
@@ -240,6 +240,8 @@ def test_the_grid_as_a_command(tmp_path, capsys):
 def test_the_other_sections_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "_FRESH_PROCESSES", 1)
     monkeypatch.setattr(memory, "PEAK_SHAPES", ("20x16x128x128",))
+    for name in ("_RESETS", "_PADDED"):
+        monkeypatch.setattr(sequences, name, grid.Shape(20, 8, 16, 16, grid.ODD))
     only = [section for section in grid.SECTIONS if section not in ("grid", "overhead")]
     results = bench(tmp_path, "--only", ",".join(only), "--shapes", "20x16x128x128")
     found = {finding.section for finding in results.findings}

@@ -19,12 +19,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:Deprecat
 later_torch = pytest.mark.skipif(not VMAP_RULES, reason="torch 2.4 cannot")
 
 OPERATORS = torch.ops.fusedrnn
-NOTHING_ALONG = (None, None, [], False)  # lengths, resets, reset_state, every_state
+# lengths, resets, reset_state, every_state, h_mask, zoneout, seed, recompute
+NOTHING_ALONG = (None, None, [], False, None, [], None, False)
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 T, B, I, H = 4, 2, 3, 5
+#: In the place of NOTHING_ALONG: a mask of h, zoneout with its seed, gates computed again.
+MASKED = (None, None, [], False, torch.ones(1, B, H, dtype=torch.float64), [0.5], torch.tensor(3), True)
 
 
-def arguments(cell, directions=1, hx=True, projected=False, sizes=None, sequence=True, dtype=torch.float64):
+def arguments(
+    cell, directions=1, hx=True, projected=False, sizes=None, sequence=True, dtype=torch.float64, along=NOTHING_ALONG
+):
     """The arguments of ``fusedrnn::layer``, wanting gradients."""
 
     def leaf(*shape):
@@ -42,7 +47,7 @@ def arguments(cell, directions=1, hx=True, projected=False, sizes=None, sequence
             leaf(width, H) if projected else None,
         )
     ]
-    return cell, leaf(*rows, I), initial, weights, torch.tensor(sizes) if sizes else None, sequence, *NOTHING_ALONG
+    return cell, leaf(*rows, I), initial, weights, torch.tensor(sizes) if sizes else None, sequence, *along
 
 
 def leaves(args):
@@ -64,11 +69,12 @@ CASES = {
     "gru_without_state": {"hx": False},
     "gru_packed": {"sizes": [2, 2, 1]},
     "lstm_one_step": {"sequence": False},
+    "gru_masked": {"along": MASKED},
 }
 
 
 @later_torch
-@pytest.mark.parametrize("case", ["rnn_tanh", "lstm_projected_both_ways", "gru_packed"])
+@pytest.mark.parametrize("case", ["rnn_tanh", "lstm_projected_both_ways", "gru_packed", "gru_masked"])
 def test_opcheck(case):
     args = arguments(next(cell for cell in CELLS if case.startswith(cell)), **CASES[case])
     opcheck(OPERATORS.layer.default, args)

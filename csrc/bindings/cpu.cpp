@@ -57,6 +57,9 @@ struct Along {
   py::handle lengths;        // of a padded batch: int64, B entries
   py::handle resets;         // bool (T, B), or (tokens) if packed
   py::sequence reset_state;  // for each state (D, B, width) or None; empty: all None
+  py::handle h_mask;         // (D, B, R)
+  py::sequence zoneout;      // for each state its rate; empty: none
+  py::handle seed;           // of zoneout's lots; without one its expectation
 };
 
 // The arguments that forward and backward share, checked, of either precision.
@@ -70,7 +73,9 @@ struct Arguments {
   int directions;
   bool projected;
   TensorView input;
-  TensorView hx[max_states], reset_state[max_states];
+  TensorView hx[max_states], reset_state[max_states], h_mask;
+  Zoneout zoneout;
+  bool recompute = false;
   TensorView weights[max_directions][5];
 
   Arguments(const std::string& name, py::handle input_, const Along& along, const py::sequence& hx_,
@@ -124,6 +129,17 @@ struct Arguments {
         add_dimension(hx[s]);
       }
       if (hx[s]) check_state(hx[s], "initial state", s);
+    }
+    if (!along.h_mask.is_none()) {
+      h_mask = view(along.h_mask);
+      check_state(h_mask, "the mask of h", 0);
+    }
+    if (along.zoneout.size() > 0) {
+      require(along.zoneout.size() == static_cast<size_t>(facts.states), "wrong number of rates of zoneout");
+      require(!projected, "zoneout is not for a projection");
+      for (int s = 0; s < facts.states; ++s) zoneout.rate[s] = along.zoneout[static_cast<size_t>(s)].cast<double>();
+      zoneout.drawn = !along.seed.is_none();
+      if (zoneout.drawn) zoneout.seed = static_cast<uint64_t>(along.seed.cast<int64_t>());
     }
     if (along.reset_state.size() == 0) return;
     require(along.reset_state.size() == static_cast<size_t>(facts.states), "wrong number of reset states");
@@ -189,7 +205,7 @@ struct Arguments {
   int64_t saved_count() const {
     const CellFacts& facts = cell_facts[cell];
     const int64_t tokens = seq.order ? seq.T * seq.B : seq.tokens();
-    return directions * saved_size(facts.kept, facts.states, tokens, H, R, projected);
+    return directions * saved_size(recompute ? 0 : facts.kept, facts.states, tokens, H, R, projected);
   }
 
   template <class T>
@@ -204,6 +220,9 @@ struct Arguments {
       layer.reset_state[s] = static_cast<const T*>(reset_state[s].data);
     }
     for (int d = 0; d < directions; ++d) layer.weights[d] = as_weights<const T>(weights[d]);
+    layer.h_mask = static_cast<const T*>(h_mask.data);
+    layer.zoneout = zoneout;
+    layer.recompute = recompute;
   }
 
   template <class Value>
@@ -316,8 +335,10 @@ void run_forward(const Arguments& a, const TensorView& output, const TensorView*
 
 py::list forward(const std::string& cell, py::handle input, py::handle batch_sizes, py::handle lengths,
                  py::handle resets, const py::sequence& hx, const py::sequence& reset_state,
-                 const py::sequence& weights, bool sequence, bool every_state, bool save, int threads) {
-  const Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state}, hx, weights);
+                 const py::sequence& weights, py::handle h_mask, const py::sequence& zoneout, py::handle seed,
+                 bool recompute, bool sequence, bool every_state, bool save, int threads) {
+  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, hx, weights);
+  a.recompute = recompute;
   const int states = cell_facts[a.cell].states;
   py::list result;
   const auto add = [&](NewTensor made) {
@@ -344,7 +365,7 @@ py::object express(const std::string& cell, py::handle input, py::handle states_
   for (const py::handle weight : weights) plain = plain && is_plain(weight);
   if (!plain) return py::none();
   try {
-    const Along dense{py::none(), py::none(), py::none(), py::tuple()};
+    const Along dense{py::none(), py::none(), py::none(), py::tuple(), py::none(), py::tuple(), py::none()};
     const Arguments a(cell, input, dense, hx, weights, Grouping(bias, projected), layout);
     const bool one_step = layout == Layout::one_step;
     const int states = cell_facts[a.cell].states;
@@ -374,9 +395,12 @@ py::object express(const std::string& cell, py::handle input, py::handle states_
 
 py::tuple backward(const std::string& cell, py::handle input, py::handle batch_sizes, py::handle lengths,
                    py::handle resets, const py::sequence& hx, const py::sequence& reset_state,
-                   const py::sequence& weights, py::handle saved, const py::sequence& grads, const py::sequence& needs,
+                   const py::sequence& weights, py::handle h_mask, const py::sequence& zoneout, py::handle seed,
+                   bool recompute, py::handle saved, const py::sequence& grads, const py::sequence& needs,
                    int threads) {
-  const Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state}, hx, weights);
+  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, hx, weights);
+  a.recompute = recompute;
+  require(recompute || !a.zoneout.on(), "backward through zoneout recomputes");
   const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = weights.size();
   const bool every_state = grads.size() > 1 + states;
   const size_t first_final = every_state ? states : 1;
@@ -429,9 +453,9 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
 }
 
 // Values that forward saves for each token and direction, for those who must know before there are tensors to look at.
-int64_t saved_per_token(const std::string& cell, int64_t H, int64_t R, bool projected) {
+int64_t saved_per_token(const std::string& cell, int64_t H, int64_t R, bool projected, bool recompute) {
   const CellFacts& facts = cell_facts[cell_index(cell)];
-  return saved_size(facts.kept, facts.states, 1, H, R, projected);
+  return saved_size(recompute ? 0 : facts.kept, facts.states, 1, H, R, projected);
 }
 
 // The most units per second that any of many short trials reached: work(rounds) returns the units that it did.
@@ -514,8 +538,9 @@ PYBIND11_MODULE(_cpu, m) {
       .value("one_step", Layout::one_step);
   m.def(
       "forward", &forward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
-      py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("sequence"),
-      py::arg("every_state"), py::arg("save"), py::arg("threads"),
+      py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("h_mask"),
+      py::arg("zoneout"), py::arg("seed"), py::arg("recompute"), py::arg("sequence"), py::arg("every_state"),
+      py::arg("save"), py::arg("threads"),
       "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
       "ValueError if the call breaks the contract.");
   m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
@@ -523,11 +548,11 @@ PYBIND11_MODULE(_cpu, m) {
         "Runs a layer without gradients: (output, *final states), or (*states) of one step; None if anything about "
         "the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
-        py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("saved"),
-        py::arg("grads"), py::arg("needs"), py::arg("threads"),
-        "Gradients of input, hx, weights and reset_state, None where not needed.");
+        py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("h_mask"),
+        py::arg("zoneout"), py::arg("seed"), py::arg("recompute"), py::arg("saved"), py::arg("grads"), py::arg("needs"),
+        py::arg("threads"), "Gradients of input, hx, weights and reset_state, None where not needed.");
   m.def("saved_per_token", &saved_per_token, py::arg("cell"), py::arg("hidden"), py::arg("output"),
-        py::arg("projected"), "Values that forward saves for each token and direction.");
+        py::arg("projected"), py::arg("recompute"), "Values that forward saves for each token and direction.");
   m.def("probe_multiply_adds", &probe_multiply_adds, py::arg("dtype"), py::arg("seconds"),
         "Floating-point operations per second of multiply-adds in registers on the calling thread; of bfloat16, with "
         "float32 sums, None where the instruction set in use has no instruction for it.");

@@ -62,8 +62,30 @@ struct Weights {
   Value* w_hr;  // (R, H)
 };
 
-// What forward keeps for backward, for one direction: kept slots (tokens, kept, H), then each state before a projection
-// (tokens, H), then the projected output (tokens, R) if there is a projection.
+// Zoneout (Krueger et al. 2017): a unit's state stays with probability `rate` what it was a step before. While drawn,
+// each unit at each step by lot; else its expectation, the mean of both states weighted so.
+//
+// Nobody keeps the lots: each is a number of SplitMix64 (Steele et al. 2014), which computes its n-th number from n.
+// They depend on the seed and on the place in the sequence, not on the engine nor on who computes it.
+struct Zoneout {
+  double rate[max_states] = {};
+  bool drawn = false;
+  uint64_t seed = 0;
+
+  FUSEDRNN_ALWAYS_INLINE bool on() const { return rate[0] > 0 || rate[1] > 0; }
+
+  // How much of the state before stays, from 0 to 1, in unit `place` of all.
+  FUSEDRNN_ALWAYS_INLINE double stays(int s, int64_t place) const {
+    if (!drawn) return rate[s];
+    uint64_t x = seed + (static_cast<uint64_t>(place) + 1) * 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return static_cast<double>((x ^ x >> 31) >> 40) < rate[s] * 0x1p24 ? 1 : 0;
+  }
+};
+
+// What forward keeps for backward, for one direction: kept slots (tokens, kept, H) unless backward recomputes them,
+// then each state before a projection (tokens, H), then the projected output (tokens, R) if there is a projection.
 template <class Value>
 struct Saved {
   Value* kept;
@@ -92,12 +114,20 @@ struct Layer {
   const T* hx[max_states];           // (D, B, width), contiguous, null for zeros
   const T* reset_state[max_states];  // likewise: with what a segment starts where `seq.resets` says so
   Weights<const T> weights[max_directions];
+  const T* h_mask;  // (D, B, R), contiguous: factors of h on its way into the recurrent products; null for ones
+  Zoneout zoneout;  // not with a projection; backward then recomputes
+  bool recompute;   // forward keeps the states alone; backward computes again what the cell has kept
 
   FUSEDRNN_ALWAYS_INLINE int64_t state_width(int s) const { return s == 0 ? R : H; }
 
   // Where the values of sequence b begin in a tensor shaped as state s.
   FUSEDRNN_ALWAYS_INLINE int64_t state_at(int direction, int s, int64_t b) const {
     return (direction * seq.B + seq.row(b)) * state_width(s);
+  }
+
+  // Where the lots of zoneout of sequence b begin: those of its units side by side.
+  FUSEDRNN_ALWAYS_INLINE int64_t lots_at(int direction, int s, int64_t t, int64_t b) const {
+    return (((s * directions + direction) * seq.T + t) * seq.B + seq.row(b)) * H;
   }
 
   // With what sequence b enters its i-th step if that is not what the step before has left; null for zeros.

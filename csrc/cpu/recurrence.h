@@ -95,6 +95,7 @@ struct Share {
   T* sums;                     // products of a group of rows with one panel per gate
   const T** left;              // rows to multiply
   T** places;                  // where their products go
+  T* masked;                   // h as it enters the recurrent products, if they see it through a mask
 };
 
 // Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.
@@ -127,6 +128,21 @@ static Range columns_of(const Panels<T>& panels, Range mine) {
   return mine.first < mine.last ? Range{panels.first(mine.first), panels.last(mine.last - 1)} : Range{0, 0};
 }
 
+// What zoneout leaves of the state before in the units from `place` on, as many as M computes at once.
+template <class M, class T, class V = typename M::V>
+FUSEDRNN_INLINE V zoned_out(const Zoneout& zoneout, int s, int64_t place) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  T each[lanes];
+  for (int64_t k = 0; k < lanes; ++k) each[k] = (T)zoneout.stays(s, place + k);
+  return M::load(each);
+}
+
+// to[b] = from[b] times a mask of its own, for some columns.
+template <class T>
+static void apply_mask(const T* from, const T* mask, int64_t columns, T* to) {
+  for (int64_t j = 0; j < columns; ++j) to[j] = from[j] * mask[j];
+}
+
 template <class T, class Cell>
 class ForwardPass {
   using S = Simd<T>;
@@ -144,7 +160,7 @@ class ForwardPass {
     // of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9 against 27.2).
     const int64_t bytes = G * a_.H * a_.I * (int64_t)sizeof(T);
     within_ = plan_.rows >= 12 && bytes <= plan_.rows << 17 && bytes <= int64_t{1} << 23;
-    in_place_ = a_.saved && Cell::kept;
+    in_place_ = a_.saved && Cell::kept && !a_.recompute;
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
     // Packing a weight costs about as much as eight uses of it unpacked.
     packs_ = a_.seq.tokens() > 8 || within_;
@@ -222,6 +238,7 @@ class ForwardPass {
     for (int s = 1; s < states; ++s) state_[s] = arena.take<T>(B * state_width_);
     if (a_.projected) state_[0] = arena.take<T>(B * state_width_);
     if (!in_place_ && !within_) gates_ = arena.take<T>(plan_.chunk * B * gates_width_);
+    if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
     sums_ = arena.take<T>(plan_.threads * sums_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
     places_ = arena.take<T*>(plan_.threads * pointers());
@@ -241,6 +258,7 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
+    if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
     for (int s = 1; s < states; ++s) clear_padding(a_.seq, a_.states[s], a_.directions * a_.H, team);
     for (int d = 0; d < a_.directions; ++d) {
@@ -335,8 +353,9 @@ class ForwardPass {
 
   Saved<T> saved(int d) const {
     const int64_t tokens = a_.seq.tokens();
-    const int64_t each = saved_size(Cell::kept, states, tokens, a_.H, a_.R, a_.projected);
-    return saved_view(a_.saved + d * each, Cell::kept, states, tokens, a_.H);
+    const int kept = a_.recompute ? 0 : Cell::kept;
+    const int64_t each = saved_size(kept, states, tokens, a_.H, a_.R, a_.projected);
+    return saved_view(a_.saved + d * each, kept, states, tokens, a_.H);
   }
 
   // gates = x W_ih^T + bias for the rows and units of one thread, orders [begin, end).
@@ -367,6 +386,10 @@ class ForwardPass {
   void step(int d, const Share<T>& share, int64_t begin, int64_t i) {
     const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
     const T* h = h_[i & 1];
+    const T* entering = a_.h_mask ? share.masked : h;
+    if (a_.h_mask)
+      for (int64_t b = share.rows.first; b < last_row; ++b)
+        apply_mask(h + b * output_width_, a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
     for (int64_t k = share.units.first; k < share.units.last; ++k) {
       const int64_t p = in_turn(share.units, k, i), first = w_hh_[0].first(p), last = w_hh_[0].last(p);
       const int nv = w_hh_[0].vectors_of(p);
@@ -377,7 +400,7 @@ class ForwardPass {
           for (int g = 0; g < G; ++g)
             multiply(share.left, n, of(d, w_ih_[g]), p, nullptr, share.sums + Cell::input_slot[g] * plane);
         }
-        for (int64_t k = 0; k < n; ++k) share.left[k] = h + (row + k) * output_width_;
+        for (int64_t k = 0; k < n; ++k) share.left[k] = entering + (row + k) * output_width_;
         for (int k = 0; k < G; ++k) {
           const int g = (int)in_turn({0, G}, k, i);
           multiply(share.left, n, of(d, w_hh_[g]), p, a_.weights[d].w_hh + g * a_.H * a_.R,
@@ -400,6 +423,7 @@ class ForwardPass {
     T* state[states];        // carried states but h
     T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
+    int64_t lots[states];    // of zoneout
   };
 
   Destination destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b) const {
@@ -411,6 +435,7 @@ class ForwardPass {
       to.state[s] = state_[s] + b * state_width_;
       if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
     }
+    for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
     if (a_.saved)
       for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
     return to;
@@ -434,16 +459,21 @@ class ForwardPass {
     prev[0] = a_.projected ? M::zero() : M::load(h + j);
     for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
     Cell::template forward<M>(x, r, prev, next, keep);
+    for (int s = 0; s < states; ++s)
+      if (a_.zoneout.rate[s] > 0) {
+        const V stays = zoned_out<M, T>(a_.zoneout, s, to.lots[s] + j);
+        next[s] = stays * prev[s] + (T(1) - stays) * next[s];
+      }
     M::store(to.h + j, next[0]);
     for (int s = 1; s < states; ++s) {
       M::store(to.state[s] + j, next[s]);
       if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
     }
     if (to.output) M::store(to.output + j, next[0], lanes);
-    if (a_.saved) {
+    if (in_place_)
       for (int k = 0; k < Cell::kept; ++k) M::store(to.gates + k * a_.H + j, keep[k], lanes);
+    if (a_.saved)
       for (int s = 0; s < states; ++s) M::store(to.saved_state[s] + j, next[s], lanes);
-    }
   }
 
   // h = W_hr (o tanh c) for the rows and outputs of one thread.
@@ -519,7 +549,7 @@ class ForwardPass {
   T *bias_x_[G], *bias_r_[G];
   T* h_[2];           // h of the previous step and of this one, in turn
   T* state_[states];  // the other states; [0] is what a projection projects
-  T *gates_, *sums_;
+  T *gates_, *sums_, *masked_;
   const T** left_;
   T** places_;
 };
@@ -564,6 +594,9 @@ class BackwardPass {
     // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
     const T **x, **h_before, **unprojected, **d_slots, **d_h;
     T** d_x;
+    // Of each token of a chunk that this thread's rows have, for the steps' values again.
+    const T **again_x, **again_h, **again_prev[states];
+    T** again_to;
     T* panel;                // a panel of such rows
     T* blocks;               // the gate gradients, packed for products over tokens
     T* sum_slots;            // the gate gradients added up over tokens: the biases' gradients
@@ -583,9 +616,12 @@ class BackwardPass {
   // 5.70 and 5.67; 128,8,64,64 (0.1 MB) 0.71 and 0.89.
   static constexpr int64_t largest_private = 1 << 20;
 
+  // Whether what the cell kept and computed is computed again, chunk by chunk.
+  bool again() const { return (a_.recompute && Cell::kept) || a_.zoneout.on(); }
+
   int64_t slots_width() const { return slots * a_.H; }
   int64_t chunk_tokens() const { return plan_.chunk * (apart_ ? plan_.rows : a_.seq.B); }
-  int64_t sums_size() const { return group * Block<T>::max_columns; }
+  int64_t sums_size() const { return (again() ? slots : 1) * group * Block<T>::max_columns; }
   // Products over tokens take this many at a time.
   int64_t slice() const { return larger(1, smaller(512, chunk_tokens())); }
   int64_t blocks_size() const { return slice() * larger(slots * round_up(a_.H, block), round_up(a_.R, block)); }
@@ -611,6 +647,21 @@ class BackwardPass {
     blocks_ = arena.take<T>(threads * blocks_size());
     sum_slots_ = arena.take<T>(threads * slots_width());
     if (apart_) private_ = arena.take<T>((threads - 1) * weights_size());
+    if (a_.h_mask) masked_ = arena.take<T>(plan_.chunk * B * a_.R);
+    if (again()) lay_out_again(arena, vectors);
+  }
+
+  void lay_out_again(Arena& arena, int vectors) {
+    const int64_t listed = plan_.threads * plan_.chunk * plan_.rows;
+    for (int g = 0; g < G; ++g) {
+      again_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
+      again_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      bias_x_[g] = arena.take<T>(state_width_);
+      bias_r_[g] = arena.take<T>(state_width_);
+    }
+    kept_ = arena.take<T>(plan_.chunk * a_.seq.B * kept_width());
+    again_lists_ = arena.take<const T*>((2 + states) * listed);
+    again_to_ = arena.take<T*>(listed);
   }
 
   Own own(const Team& team) const {
@@ -635,6 +686,13 @@ class BackwardPass {
     o.panel = panels_ + rank * slice() * panel_columns;
     o.blocks = blocks_ + rank * blocks_size();
     o.sum_slots = sum_slots_ + rank * slots_width();
+    if (again()) {
+      const int64_t listed = plan_.chunk * plan_.rows;
+      const T** first = again_lists_ + rank * (2 + states) * listed;
+      o.again_x = first, o.again_h = first + listed;
+      for (int s = 0; s < states; ++s) o.again_prev[s] = first + (2 + s) * listed;
+      o.again_to = again_to_ + rank * listed;
+    }
     return o;
   }
 
@@ -660,6 +718,8 @@ class BackwardPass {
       team.sync();
       for (int64_t end = T_; end > 0; end -= plan_.chunk) {
         const int64_t begin = larger(0, end - plan_.chunk);
+        if (a_.h_mask) mask_h(d, o, begin, end, team);
+        if (again()) compute_again(d, o, begin, end);
         for (int64_t i = end - 1; i >= begin; --i) step(d, o, i, team);
         if (begin == 0) step(d, o, -1, team);
         if (plan_.by_rows && !apart_) team.sync();
@@ -697,6 +757,7 @@ class BackwardPass {
       for (int64_t p = mine.first; p < mine.last; ++p)
         for (int64_t r = 0; r < a_.R; ++r) pack_row(w_hr_, p, r, w.w_hr + r * a_.H);
     }
+    if (again()) pack_again(w, team);
     const Range rows = part(a_.seq.B, team.rank, team.size);
     for (int s = 0; s < states; ++s) {
       const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
@@ -729,11 +790,102 @@ class BackwardPass {
     pack_columns(&row, 1, first, packed.last(p) - first, packed.panel(p) + k * packed.vectors_of(p) * W);
   }
 
-  // Rows of the chunk's ring of steps; the step after i is still there when step i needs it.
-  T* d_slots_at(int64_t i, int64_t b) const {
-    return d_slots_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * slots_width();
+  // What forward packs to compute the gates.
+  void pack_again(const Weights<const T>& w, const Team& team) {
+    const int64_t panels = again_hh_[0].count();
+    const Range mine = part(G * panels, team.rank, team.size);
+    for (int64_t item = mine.first; item < mine.last; ++item) {
+      const int64_t g = item / panels, p = item % panels;
+      pack_transposed(again_ih_[g], p, w.w_ih + g * a_.H * a_.I);
+      pack_transposed(again_hh_[g], p, w.w_hh + g * a_.H * a_.R);
+      for (int64_t j = again_hh_[g].first(p); j < again_hh_[g].last(p); ++j) {
+        bias_x_[g][j] = w.b_ih ? w.b_ih[g * a_.H + j] : T(0);
+        bias_r_[g][j] = w.b_hh ? w.b_hh[g * a_.H + j] : T(0);
+      }
+    }
   }
-  T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ((a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b) * a_.R; }
+
+  // h as it enters orders [begin, end) through its mask: some tokens for each thread.
+  void mask_h(int d, const Own& o, int64_t begin, int64_t end, const Team& team) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Range active{o.rows.first, smaller(o.rows.last, size(d, i))};
+      const Range mine = plan_.by_rows ? active : part(active.last, team.rank, team.size);
+      for (int64_t b = mine.first; b < mine.last; ++b)
+        apply_mask(unmasked(d, i, b), a_.h_mask + a_.state_at(d, 0, b), a_.R, masked_at(i, b));
+    }
+    if (!plan_.by_rows) team.sync();
+  }
+
+  // Once more, for orders [begin, end), what forward has computed: all the products of the chunk together, as the
+  // states are known, then the cell.
+  void compute_again(int d, const Own& o, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t b = o.rows.first; b < smaller(o.rows.last, size(d, i)); ++b, ++count) {
+        o.again_x[count] = a_.input.at(a_.seq, time(d, i), b);
+        o.again_h[count] = h_before(d, i, b);
+        for (int s = 0; s < states; ++s) o.again_prev[s][count] = before(d, s, i, b);
+        o.again_to[count] = kept_at(i, b);
+      }
+    for (int64_t p = o.units.first; p < o.units.last; ++p) {
+      const int64_t first = again_hh_[0].first(p), last = again_hh_[0].last(p);
+      const int nv = again_hh_[0].vectors_of(p);
+      const int64_t ldo = nv * W, plane = group * ldo;
+      for_groups<T>(0, count, [&](int64_t token, int64_t n) {
+        for (int g = 0; g < G; ++g) {
+          T *x = o.sums + Cell::input_slot[g] * plane, *r = o.sums + Cell::recurrent_slot[g] * plane;
+          multiply_panel(o.again_x + token, n, a_.I, again_ih_[g].panel(p), nv, x, ldo);
+          multiply_panel(o.again_h + token, n, a_.R, again_hh_[g].panel(p), nv, r, ldo, x == r);
+        }
+        for (int64_t k = 0; k < n; ++k)
+          for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
+            gates_again<decltype(math)>(o, token + k, o.sums + k * ldo + (j - first), plane, j, lanes);
+          });
+      });
+    }
+  }
+
+  template <class M, class V = typename M::V>
+  inline __attribute__((always_inline)) void gates_again(const Own& o, int64_t token, const T* sums, int64_t plane,
+                                                         int64_t j, int lanes) const {
+    V x[G], r[G], prev[states], next[states], keep[slots];
+    for (int g = 0; g < G; ++g) {
+      const bool apart = Cell::input_slot[g] != Cell::recurrent_slot[g];
+      x[g] = M::load(bias_x_[g] + j);
+      if (apart) x[g] = x[g] + M::load(sums + Cell::input_slot[g] * plane);
+      r[g] = M::load(sums + Cell::recurrent_slot[g] * plane) + M::load(bias_r_[g] + j);
+    }
+    for (int s = 0; s < states; ++s)
+      prev[s] = s == 0 && a_.projected ? M::zero() : M::load(o.again_prev[s][token] + j, lanes);
+    Cell::template forward<M>(x, r, prev, next, keep);
+    T* to = o.again_to[token] + j;
+    for (int k = 0; k < Cell::kept; ++k) M::store(to + k * a_.H, keep[k], lanes);
+    for (int s = 0; s < states; ++s) M::store(to + (Cell::kept + s) * a_.H, next[s], lanes);
+  }
+
+  // Rows of the chunk's rings of steps.
+  int64_t kept_width() const { return (Cell::kept + states) * a_.H; }
+  int64_t ring(int64_t i, int64_t b) const { return (a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b; }
+  T* kept_at(int64_t i, int64_t b) const { return kept_ + ring(i, b) * kept_width(); }
+  T* masked_at(int64_t i, int64_t b) const { return masked_ + ring(i, b) * a_.R; }
+
+  // State s as the cell saw it on entering order i, of h what a projection has left to the cell: nothing it would ask
+  // for.
+  const T* before(int d, int s, int64_t i, int64_t b) const {
+    if (!goes_on(d, i, b)) return initial(d, s, i, b);
+    return saved_of(d).state[s] + (a_.seq.start(time(d, i - 1)) + b) * a_.H;
+  }
+
+  // h as it entered order i, before its mask and after.
+  const T* unmasked(int d, int64_t i, int64_t b) const {
+    if (!a_.projected || !goes_on(d, i, b)) return before(d, 0, i, b);
+    return saved_of(d).projected + (a_.seq.start(time(d, i - 1)) + b) * a_.R;
+  }
+  const T* h_before(int d, int64_t i, int64_t b) const { return a_.h_mask ? masked_at(i, b) : unmasked(d, i, b); }
+
+  // The step after i is still in these rings when step i needs it.
+  T* d_slots_at(int64_t i, int64_t b) const { return d_slots_ + ring(i, b) * slots_width(); }
+  T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ring(i, b) * a_.R; }
 
   // Order i of the rows and units of one thread; order -1 leaves the gradients of the initial states.
   void step(int d, const Own& o, int64_t i, const Team& team) {
@@ -784,6 +936,11 @@ class BackwardPass {
     const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
     multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo);
+    if (a_.h_mask)
+      for (int64_t k = 0; k < n; ++k) {
+        T* sums = o.sums + k * ldo;
+        apply_mask(sums, a_.h_mask + a_.state_at(d, 0, row + k) + first, w_hh_.last(p) - first, sums);
+      }
     if (!a_.seq.resets) return;
     for (int64_t k = 0; k < n; ++k)
       if (a_.seq.cut(d, i, row + k)) {
@@ -828,28 +985,40 @@ class BackwardPass {
     const Saved<const T> saved = saved_of(d);
     for (int64_t k = 0; k < n; ++k) {
       const int64_t b = row + k, token = a_.seq.start(time(d, i)) + b;
-      const bool started = goes_on(d, i, b);
-      const int64_t before = started ? a_.seq.start(time(d, i - 1)) + b : 0;
-      const T *prev_at[states], *given[states] = {};
-      for (int s = 0; s < states; ++s) prev_at[s] = started ? saved.state[s] + before * H : initial(d, s, i, b);
+      const T* kept = again() ? kept_at(i, b) : saved.kept + token * Cell::kept * H;
+      const T *prev_at[states], *next_at[states], *given[states] = {};
+      for (int s = 0; s < states; ++s) {
+        prev_at[s] = before(d, s, i, b);
+        next_at[s] = again() ? kept + (Cell::kept + s) * H : saved.state[s] + token * H;
+      }
       for (int s = 1; s < states; ++s)
         if (a_.d_states[s].data) given[s] = a_.d_states[s].at(a_.seq, time(d, i), b) + d * H;
       T* d_slots = d_slots_at(i, b);
       for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
         using M = decltype(math);
         typename M::V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
-        for (int s = 0; s < Cell::kept; ++s) keep[s] = M::load(saved.kept + (token * Cell::kept + s) * H + j, lanes);
+        for (int s = 0; s < Cell::kept; ++s) keep[s] = M::load(kept + s * H + j, lanes);
         for (int s = 0; s < states; ++s) {
           // The h before a projection has no previous value; no cell that can be projected asks for one.
           prev[s] = s == 0 && a_.projected ? M::zero() : M::load(prev_at[s] + j, lanes);
-          next[s] = M::load(saved.state[s] + token * H + j, lanes);
+          next[s] = M::load(next_at[s] + j, lanes);
         }
         d_next[0] = M::load(o.sums + k * ldo + j - first);
         for (int s = 1; s < states; ++s) {
           d_next[s] = M::load(carry_[s] + b * state_width_ + j);
           if (given[s]) d_next[s] = d_next[s] + M::load(given[s] + j, lanes);
         }
+        typename M::V d_past[states];  // what goes past the cell
+        for (int s = 0; s < states; ++s) {
+          d_past[s] = M::zero();
+          if (a_.zoneout.rate[s] > 0) {
+            const auto stays = zoned_out<M, T>(a_.zoneout, s, a_.lots_at(d, s, time(d, i), b) + j);
+            d_past[s] = stays * d_next[s];
+            d_next[s] = (T(1) - stays) * d_next[s];
+          }
+        }
         Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
+        for (int s = 0; s < states; ++s) d_prev[s] = d_prev[s] + d_past[s];
         if (!a_.projected) M::store(carry_[0] + b * output_width_ + j, d_prev[0]);
         for (int s = 1; s < states; ++s) M::store(carry_[s] + b * state_width_ + j, d_prev[s]);
         for (int s = 0; s < slots; ++s) M::store(d_slots + s * H + j, d_slot[s], lanes);
@@ -869,19 +1038,19 @@ class BackwardPass {
 
   Saved<const T> saved_of(int d) const {
     const int64_t tokens = a_.seq.tokens();
-    const int64_t each = saved_size(Cell::kept, states, tokens, a_.H, a_.R, a_.projected);
-    return saved_view(a_.saved + d * each, Cell::kept, states, tokens, a_.H);
+    const int kept = a_.recompute ? 0 : Cell::kept;
+    const int64_t each = saved_size(kept, states, tokens, a_.H, a_.R, a_.projected);
+    return saved_view(a_.saved + d * each, kept, states, tokens, a_.H);
   }
 
   // Lists what the products over a chunk's tokens multiply; returns how many tokens.
   int64_t list_tokens(int d, const Own& o, int64_t begin, int64_t end) {
     const Saved<const T> saved = saved_of(d);
-    const T* h = a_.projected ? saved.projected : saved.state[0];
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i)
       for (int64_t b = o.token_rows.first; b < smaller(o.token_rows.last, size(d, i)); ++b, ++count) {
         o.x[count] = a_.input.at(a_.seq, time(d, i), b);
-        o.h_before[count] = goes_on(d, i, b) ? h + (a_.seq.start(time(d, i - 1)) + b) * a_.R : initial(d, 0, i, b);
+        o.h_before[count] = h_before(d, i, b);
         o.d_slots[count] = d_slots_at(i, b);
         if (a_.d_input.data) o.d_x[count] = a_.d_input.at(a_.seq, time(d, i), b);
         if (a_.projected) {
@@ -999,6 +1168,12 @@ class BackwardPass {
   T *zeros_, *sums_, *panels_, *blocks_, *sum_slots_, *private_;
   const T **left_, **tokens_;
   T** d_x_;
+  T* masked_;  // ring of h as it enters the recurrent products, if they see it through a mask
+  Panels<T> again_ih_[G], again_hh_[G];
+  T *bias_x_[G], *bias_r_[G];
+  T* kept_;  // ring of what is computed again: what the cell keeps, then its states
+  const T** again_lists_;
+  T** again_to_;
 };
 
 // OpenMP may give fewer threads than were asked for; the work is then planned anew for those there are.

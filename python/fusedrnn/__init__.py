@@ -3,9 +3,12 @@
 from . import functional, nn
 from .along import States, debug
 from .convert import convert, patch, revert, survey
+from .dropouts import Dropouts
 from .engines import engine
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .report import explain, info
+from .saving import save_budget
+from .truncated import tbptt
 
 __version__ = "0.1.0"
 
@@ -13,6 +16,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Dropouts",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
@@ -26,5 +30,7 @@ __all__ = [
     "nn",
     "patch",
     "revert",
+    "save_budget",
     "survey",
+    "tbptt",
 ]

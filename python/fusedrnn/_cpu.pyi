@@ -17,6 +17,10 @@ def forward(
     hx: Sequence[Tensor | None],
     reset_state: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
+    h_mask: Tensor | None,
+    zoneout: Sequence[float],
+    seed: int | None,
+    recompute: bool,
     sequence: bool,
     every_state: bool,
     save: bool,
@@ -41,12 +45,16 @@ def backward(
     hx: Sequence[Tensor | None],
     reset_state: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
+    h_mask: Tensor | None,
+    zoneout: Sequence[float],
+    seed: int | None,
+    recompute: bool,
     saved: Tensor,
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
     threads: int,
 ) -> tuple[Tensor | None, ...]: ...
-def saved_per_token(cell: str, hidden: int, output: int, projected: bool) -> int: ...
+def saved_per_token(cell: str, hidden: int, output: int, projected: bool, recompute: bool) -> int: ...
 def probe_multiply_adds(dtype: str, seconds: float) -> float | None: ...
 def probe_read(bytes: int, seconds: float) -> float: ...
 def isa() -> str: ...

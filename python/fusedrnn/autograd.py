@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .engines import ENGINES
-from .engines.base import Call, Engine, Outputs, Saved
+from .engines.base import ALONG, Call, Engine, Outputs, Saved
 from .torch_state import in_forward_mode, legacy_batched, unusual_mode
 
 
@@ -52,7 +52,7 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        tensors, saved = kept[: ctx.count], kept[ctx.count + 3 :]
+        tensors, saved = kept[: ctx.count], kept[ctx.count + ALONG :]
         needs = ctx.needs_input_grad[2:]
         unusual = unusual_mode() is not None
         if legacy_batched(grads) or (unusual and in_forward_mode()):

@@ -168,7 +168,7 @@ def revert(model: Model) -> Model:
     """Undo :func:`convert`: make every module of fusedrnn.nn inside ``model`` the torch.nn module of the same name.
 
     Subclasses that were converted get their class back; those derived from fusedrnn's classes are left alone, and so
-    are modules with a learned initial state, which torch.nn's do not have, those with parametrizations, which
+    are modules with a learned initial state or dropouts that torch.nn's do not have, those with parametrizations, which
     torch.nn's ignore, and sharded ones.
 
     Args:
@@ -179,7 +179,7 @@ def revert(model: Model) -> Model:
     """
     for module in model.modules():
         before = _BEFORE.get(type(module))
-        if before is not None and "learn_initial_state" not in vars(module):
+        if before is not None and not {"learn_initial_state", "dropouts"} & vars(module).keys():
             module.__class__ = before  # type: ignore[assignment]
     return model
 

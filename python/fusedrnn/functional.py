@@ -18,9 +18,11 @@ from torch import Tensor
 from . import along as along_time
 from .along import PLAIN, Along, States
 from .cells import CELLS, Cell
+from .dropouts import NO_DROPOUTS, Dropouts
 from .engines import cpu, is_cpu_engine_likely, listener
-from .engines.base import WEIGHTS_PER_DIRECTION, Call
+from .engines.base import WEIGHTS_PER_DIRECTION, Call, Outputs
 from .route import run
+from .saving import check_save, recomputes
 from .torch_state import autocast_dtype, unusual_mode
 
 
@@ -63,6 +65,8 @@ def network(
     projected: bool = False,
     batch_sizes: Tensor | None = None,
     along: Along = PLAIN,
+    dropouts: Dropouts = NO_DROPOUTS,
+    save: str = "all",
 ) -> tuple[Tensor, list[Tensor], States | None]:
     """A stack of layers of any cell: what all the functions of this module do once their arguments are in order.
 
@@ -74,6 +78,7 @@ def network(
         projected: whether ``weights`` include weight_hr.
         batch_sizes: of the PackedSequence.
         along: lengths, resets, and whether the states of every step are wanted.
+        dropouts, save: see :func:`rnn`.
 
     Returns:
         output (T, B, D*R) or (tokens, D*R), for each state its final value (L*D, B, width), and the states of every
@@ -81,7 +86,7 @@ def network(
 
     Raises:
         RuntimeError: wrong shapes, dtypes, devices, or number of weights.
-        ValueError: dropout outside [0, 1], or no layers.
+        ValueError: dropout outside [0, 1], no layers, or an unknown save.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
@@ -95,7 +100,12 @@ def network(
     _check_states(cell, hx)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    options: _Options = None
+    if dropouts is not NO_DROPOUTS or save != "all":
+        check_save(save)
+        options = dropouts, training, save
     groups = _in_groups_of_five(weights, bias, projected)
+    between = dropout if training else 0.0
     low = autocast_dtype(input.device.type)
     if low is not None and input.is_floating_point():
         target = _autocast_target(cell, low, input, hx, whole=batch_sizes is None and not projected)
@@ -103,13 +113,13 @@ def network(
             input, hx, groups = input.to(target), [_to(h, target) for h in hx], tuple(_to(w, target) for w in groups)
             along = along_time.to(along, target)
             output, last, states = _layers(
-                cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes, along
+                cell, input, hx, groups, num_layers, directions, between, batch_sizes, along, options
             )
             if projected and target != torch.float64:  # the projection is a product, so its result is low
                 output, last = output.to(low), [last[0].to(low), *last[1:]]
                 states = states and States(tuple(h.to(low) for h in states.h), states.c)
             return output, last, states
-    return _layers(cell, input, hx, groups, num_layers, directions, dropout if training else 0.0, batch_sizes, along)
+    return _layers(cell, input, hx, groups, num_layers, directions, between, batch_sizes, along, options)
 
 
 def express(
@@ -155,6 +165,27 @@ def _in_groups_of_five(weights: Sequence[Tensor | None], bias: bool, projected: 
     return tuple(groups)
 
 
+#: Dropouts, whether they are active, and what to save; None for the usual: no dropouts, everything.
+_Options = tuple[Dropouts, bool, str] | None
+
+
+def _run(call: Call, options: _Options) -> Outputs:
+    """Run a layer with these options."""
+    if options is None:
+        return run(call)
+    dropouts, training, save = options
+    if not torch.compiler.is_compiling():
+        call.check()  # before masks are shaped after its tensors
+    call.zoneout, call.recompute = dropouts.zoneout_of(call.cell), recomputes(save, call)
+    if training:
+        call.h_mask = dropouts.of_h(call.input, (call.directions, call.batch, call.output_size))
+        call.weights = dropouts.of_weights(call.weights, WEIGHTS_PER_DIRECTION)
+        call.input = dropouts.of_input(call.input, call.batch_sizes)
+        if call.zoneout:
+            call.seed = torch.randint(2**63 - 1, (), device=call.input.device)
+    return run(call)
+
+
 def _layers(
     cell: Cell,
     input: Tensor,
@@ -165,11 +196,12 @@ def _layers(
     dropout: float,
     batch_sizes: Tensor | None,
     along: Along,
+    options: _Options,
 ) -> tuple[Tensor, list[Tensor], States | None]:
     every = along.states and len(cell.states) > 1
     rest = batch_sizes, True, along.lengths, along.resets
     if num_layers == 1 and not along.states:
-        output, *last = run(Call(cell, input, tuple(hx), weights, *rest, along.reset_state))
+        output, *last = _run(Call(cell, input, tuple(hx), weights, *rest, along.reset_state), options)
         return output, last, None  # type: ignore[return-value]
     for name, state in zip(cell.states, hx, strict=True):
         if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
@@ -186,7 +218,7 @@ def _layers(
         of_layer = tuple(None if h is None else h[layer * directions : (layer + 1) * directions] for h in hx)
         reset_state = along_time.of_layer(along, layer, directions)
         of_weights = weights[layer * each : (layer + 1) * each]
-        output, *last = run(Call(cell, input, of_layer, of_weights, *rest, reset_state, every))
+        output, *last = _run(Call(cell, input, of_layer, of_weights, *rest, reset_state, every), options)
         input = output  # type: ignore[assignment]
         hidden.append(input)
         if every:
@@ -291,6 +323,7 @@ def cell_step(
     weights: Sequence[Tensor | None],
     resets: Tensor | None = None,
     reset_state: Sequence[Tensor | None] | None = None,
+    zoneout: tuple[float, ...] = (),
 ) -> tuple[Tensor, ...]:
     """One step of one cell: what the ``*_cell`` functions do.
 
@@ -298,9 +331,11 @@ def cell_step(
         cell: the cell.
         input: (B, I) or unbatched (I).
         hx: for each state of the cell (B, H) or (H), or None for zeros.
-        weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih (G*H) or None, bias_hh (G*H) or None.
+        weights: weight_ih (G*H, I), weight_hh (G*H, R), bias_ih (G*H) or None, bias_hh (G*H) or None, and with a
+            projection weight_hr (R, H).
         resets: bool (B,) or unbatched (): rows that start from ``reset_state``, not from hx.
         reset_state: for each state (B or 1, H), unbatched (H), or None for zeros.
+        zoneout: for each state its rate, of which the expectation is taken; empty: none.
 
     Returns:
         for each state its new value, shaped as the state.
@@ -310,8 +345,8 @@ def cell_step(
         TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    if resets is None and reset_state is None:
-        quick = express(cell, input, hx, weights, "one_step")
+    if resets is None and reset_state is None and not zoneout:
+        quick = express(cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION)
         if quick is not None:
             return quick
     _check_states(cell, hx)
@@ -335,8 +370,9 @@ def cell_step(
         low = _autocast_target(cell, low, input, hx, whole=False)
         with torch.autocast(input.device.type, enabled=False):
             lowered = [[_to(t, low) for t in tensors] for tensors in (hx, weights, reset_state or ())]
-            return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None)
-    call = Call(cell, batched(input), tuple(map(batched, hx)), (*weights, None), sequence=False)  # type: ignore[arg-type]
+            return cell_step(cell, input.to(low), lowered[0], lowered[1], resets, lowered[2] or None, zoneout)
+    five = (*weights, None)[:WEIGHTS_PER_DIRECTION]
+    call = Call(cell, batched(input), tuple(map(batched, hx)), five, sequence=False, zoneout=zoneout)  # type: ignore[arg-type]
     if resets is not None or reset_state is not None:
         layout = "T" if dims == 1 else "B"
         states = along_time.reset_state_of_rows(reset_state, resets, input, input.shape[:-1], layout)
@@ -362,6 +398,8 @@ def rnn(
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
     return_states: bool = False,
+    dropouts: Dropouts = NO_DROPOUTS,
+    save: str = "all",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, States]:
     """Elman network (Elman 1990): ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or with relu.
 
@@ -386,12 +424,15 @@ def rnn(
             In reverse a segment ends there: the state is reset between that step and the one before it.
         reset_state: like hx, or with B = 1 one for all sequences; None for zeros. Used only with ``resets``.
         return_states: whether to return the states of every step too.
+        dropouts: of features, of h, of units and of weights (:class:`fusedrnn.dropouts.Dropouts`), while ``training``.
+        save: what forward keeps for backward: ``"all"``; ``"states"``, from which backward computes the gates again,
+            in less memory and more time; ``"auto"``: the states if the gates exceed :class:`fusedrnn.save_budget`.
 
     Returns:
         output (T, B, D*H), laid out as the input, h_n (L*D, B, H), and with ``return_states`` a :class:`States`.
 
     Raises:
-        ValueError: unknown nonlinearity, dropout outside [0, 1], input neither 2D nor 3D.
+        ValueError: unknown nonlinearity or save, dropout outside [0, 1], input neither 2D nor 3D.
         TypeError: lengths, resets or reset_state are not tensors.
         RuntimeError: wrong shapes, dtypes, devices, or number of weights; lengths outside [0, T].
     """
@@ -413,6 +454,8 @@ def rnn(
         resets=resets,
         reset_state=None if reset_state is None else (reset_state,),
         return_states=return_states,
+        dropouts=dropouts,
+        save=save,
     )
     return (output, h_n) if states is None else (output, h_n, states)
 
@@ -434,6 +477,8 @@ def lstm(
     resets: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     return_states: bool = False,
+    dropouts: Dropouts = NO_DROPOUTS,
+    save: str = "all",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], States]:
     """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014).
 
@@ -463,6 +508,8 @@ def lstm(
         resets=resets,
         reset_state=reset_state,
         return_states=return_states,
+        dropouts=dropouts,
+        save=save,
     )
     return (output, (h_n, c_n)) if states is None else (output, (h_n, c_n), states)
 
@@ -483,6 +530,8 @@ def gru(
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
     return_states: bool = False,
+    dropouts: Dropouts = NO_DROPOUTS,
+    save: str = "all",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, States]:
     """Gated recurrent unit (Cho et al. 2014), the reset gate applied after the recurrent product as in cuDNN.
 
@@ -504,6 +553,8 @@ def gru(
         resets=resets,
         reset_state=None if reset_state is None else (reset_state,),
         return_states=return_states,
+        dropouts=dropouts,
+        save=save,
     )
     return (output, h_n) if states is None else (output, h_n, states)
 

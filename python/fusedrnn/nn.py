@@ -8,6 +8,7 @@ of these, and back, by changing its class: see :func:`fusedrnn.convert`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +19,11 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dynamo, functional
 from .along import States
 from .cells import CELLS, MODES, Cell
+from .dropouts import NO_DROPOUTS, Dropouts
+from .saving import check_save
 from .torch_state import NO_OPERATORS_THERE
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "StreamState"]
 
 
 def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -54,12 +57,37 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         learn_initial_state: whether the state that a sequence starts from, where the caller gives none, and a segment
             after a reset, is a parameter: ``initial_h`` (L*D, 1, R) and for an LSTM ``initial_c`` (L*D, 1, H), zeros
             at first.
+        variational_dropout, recurrent_dropout, zoneout, weight_dropout: see :class:`fusedrnn.dropouts.Dropouts`, which
+            holds them as the attribute ``dropouts``; ``zoneout`` is one number, or for an LSTM a pair for h and c.
+        save: what forward keeps for backward: ``"all"``; ``"states"``, from which backward computes the gates again, in
+            less memory and more time; ``"auto"``: the states if the gates exceed :class:`fusedrnn.save_budget`.
+
+    Raises:
+        ValueError: a probability outside [0, 1], a wrong number of rates of zoneout, an unknown ``save``.
 
     The other arguments are those of torch.nn's module of the same name.
     """
 
-    def __init__(self, *args: Any, learn_initial_state: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        learn_initial_state: bool = False,
+        variational_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        weight_dropout: float = 0.0,
+        save: str = "all",
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
+        dropouts = Dropouts(variational_dropout, recurrent_dropout, zoneout, weight_dropout)
+        dropouts.zoneout_of(MODES[self.mode])
+        check_save(save)
+        # Modules that torch.nn made have none of these attributes either.
+        if dropouts != NO_DROPOUTS:
+            self.dropouts = dropouts
+        if save != "all":
+            self.save = save
         if learn_initial_state:
             self.learn_initial_state = True
             rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -71,11 +99,19 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw the weights anew, as torch.nn does; a learned initial state becomes zero."""
         super().reset_parameters()  # type: ignore[no-untyped-call]
-        for state in _learned(self) or ():
+        for state in learned_state(self) or ():
             torch.nn.init.zeros_(state)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", learn_initial_state=True" if _learned(self) else "")
+        own = ["learn_initial_state=True"] if learned_state(self) else []
+        dropouts = _dropouts(self)
+        own += [
+            f"{field.name}{'' if field.name == 'zoneout' else '_dropout'}={value}"
+            for field in fields(dropouts)
+            if (value := getattr(dropouts, field.name)) != field.default
+        ]
+        own += [f"save={self.save!r}"] if "save" in self.__dict__ else []
+        return ", ".join([super().extra_repr(), *own])
 
     def forward(
         self,
@@ -111,15 +147,22 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             return _leaf(self, input, hx, **along, return_states=return_states)
         cell = MODES[self.mode]
         weights = _current(self, self._flat_weights_names)
-        learned = _learned(self)
+        learned = learned_state(self)
         options: dict[str, Any] = {}
         if lengths is not None or resets is not None or reset_state is not None or return_states:
-            given = _states(cell, reset_state) if reset_state is not None else None if resets is None else learned
+            given: Any = None if reset_state is None else _states(cell, reset_state)
+            if given is None and learned and resets is not None:
+                unbatched = not isinstance(input, PackedSequence) and input.dim() == 2
+                given = tuple(s[:, 0] for s in learned) if unbatched else learned
             options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
             options["hx_given"] = hx is not None
         if learned and hx is None:
             hx = _for_batch(learned, input, self.batch_first)
         states = _states(cell, hx)
+        if "dropouts" in self.__dict__ and (self.training or self.dropouts.zoneout):
+            options["dropouts"] = self.dropouts
+        if "save" in self.__dict__ and torch.is_grad_enabled():
+            options["save"] = self.save
         if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"
             quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
@@ -137,12 +180,89 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         final: Any = last[0] if len(last) == 1 else tuple(last)
         return (output, final) if every is None else (output, final, every)
 
+    def stream(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, StreamState]:
+        """One step of inference, at what one call of a cell for each layer costs.
 
-def _learned(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
+        No gradients, and no dropout, but zoneout's expectation. The steps of a sequence one after another give what
+        ``forward`` gives at once in evaluation::
+
+            state = None
+            for x_t in sequence:
+                y_t, state = rnn.stream(x_t, state)
+
+        Args:
+            input: (B, I) or unbatched (I).
+            state: what the step before returned, or an ``hx`` as ``forward`` takes and returns it, or None for the
+                learned initial state or, without one, zeros. It is not changed.
+            resets: bool (B,) or (): rows that start from the learned initial state or zeros, not from ``state``.
+
+        Returns:
+            the output (B, R) or (R), and the state for the next step.
+
+        Raises:
+            RuntimeError: the module is bidirectional; else as the cells.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.stream(input, state, resets)
+        if self.bidirectional:
+            raise RuntimeError(f"{type(self).__name__}.stream: the reverse direction begins at the sequence's end")
+        cell, learned = MODES[self.mode], learned_state(self)
+        zoneout = _dropouts(self).zoneout_of(cell) if "dropouts" in self.__dict__ else ()
+        if not isinstance(state, StreamState):
+            state = self._stream_state(cell, input, state, learned)
+        layers = []
+        for layer, of_layer in enumerate(state.layers):
+            weights: list[Tensor | None] = [*_current(self, self._all_weights[layer])]
+            if not self.bias:
+                weights[2:2] = [None, None]
+            fresh = None
+            if resets is not None and learned is not None:
+                fresh = tuple(s[layer, 0] if input.dim() == 1 else s[layer] for s in learned)
+            new = functional.cell_step(cell, input, of_layer, weights, resets, fresh, zoneout)
+            layers.append(new)
+            input = new[0]
+        return input, StreamState(layers)
+
+    def _stream_state(self, cell: Cell, input: Tensor, hx: Any, learned: tuple[Tensor, ...] | None) -> StreamState:
+        states = _states(cell, hx)
+        if hx is None and learned is not None:
+            states = [s[:, 0] if input.dim() == 1 else s.expand(-1, len(input), -1) for s in learned]
+        for name, s in zip(cell.states, states, strict=True):
+            if s is not None and len(s) != self.num_layers:
+                raise RuntimeError(f"Expected {name} of {self.num_layers} layers, got shape {tuple(s.shape)}")
+        return StreamState([tuple(None if s is None else s[k] for s in states) for k in range(self.num_layers)])  # type: ignore[misc]
+
+
+class StreamState:
+    """The state of :meth:`LSTM.stream` between two steps.
+
+    Attributes:
+        layers: for each layer the states of its cell, (B, width) each, unbatched (width).
+    """
+
+    __slots__ = ("layers",)
+
+    def __init__(self, layers: list[tuple[Tensor, ...]]) -> None:
+        self.layers = layers
+
+    def hx(self) -> Any:
+        """The same as the modules' forward takes and returns it: (L, B, R), for an LSTM a pair with (L, B, H)."""
+        states = tuple(torch.stack(values) for values in zip(*self.layers, strict=True))
+        return states[0] if len(states) == 1 else states
+
+
+def learned_state(module: torch.nn.Module) -> tuple[Tensor, ...] | None:
     """The parameters of the learned initial state; modules that were made by torch.nn have none."""
     if "learn_initial_state" not in module.__dict__:
         return None
     return tuple(getattr(module, f"initial_{name}") for name in MODES[module.mode].states)  # type: ignore[index]
+
+
+def _dropouts(module: torch.nn.Module) -> Dropouts:
+    """Those of the module; modules that were made by torch.nn have none."""
+    dropouts: Dropouts = module.__dict__.get("dropouts", NO_DROPOUTS)
+    return dropouts
 
 
 def _for_batch(learned: tuple[Tensor, ...], input: Any, batch_first: bool) -> Any:

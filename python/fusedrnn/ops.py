@@ -20,7 +20,7 @@ from torch import Tensor
 from . import autograd
 from .cells import CELLS
 from .engines import ENGINES, Choice, announce, choose
-from .engines.base import Call, Engine, Outputs, Saved
+from .engines.base import ALONG, Call, Engine, Outputs, Saved
 from .torch_state import (
     VMAP_RULES,
     apply_here,
@@ -36,7 +36,8 @@ _LIBRARY: Any = torch.library.Library("fusedrnn", "DEF")  # type: ignore[no-unty
 # The arguments of a Call; the results are those of an engine, without the output if `sequence` is false.
 _CALL = (
     "str cell, Tensor input, Tensor?[] hx, Tensor?[] weights, Tensor? batch_sizes, bool sequence, Tensor? lengths, "
-    "Tensor? resets, Tensor?[] reset_state, bool every_state"
+    "Tensor? resets, Tensor?[] reset_state, bool every_state, Tensor? h_mask, float[] zoneout, Tensor? seed, "
+    "bool recompute"
 )
 _OPERATORS = torch.ops.fusedrnn
 _Tensors = Sequence[Tensor | None]
@@ -65,7 +66,8 @@ def layer_backward(
 def _arguments(call: Call) -> tuple[Any, ...]:
     of_sequence = call.batch_sizes, call.sequence, call.lengths, call.resets
     of_states = list(call.reset_state), call.every_state
-    return call.cell.name, call.input, list(call.hx), list(call.weights), *of_sequence, *of_states
+    rest = call.h_mask, list(call.zoneout), call.seed, call.recompute
+    return call.cell.name, call.input, list(call.hx), list(call.weights), *of_sequence, *of_states, *rest
 
 
 def _call(
@@ -79,10 +81,27 @@ def _call(
     resets: Tensor | None,
     reset_state: _Tensors | None,
     every_state: bool,
+    h_mask: Tensor | None,
+    zoneout: Sequence[float] | None,
+    seed: Tensor | None,
+    recompute: bool,
 ) -> Call:
-    of_sequence = batch_sizes, sequence, lengths, resets
-    # A program compiled ahead of time passes an empty list as None.
-    return Call(CELLS[cell], input, tuple(hx), tuple(weights), *of_sequence, tuple(reset_state or ()), every_state)
+    return Call(
+        CELLS[cell],
+        input,
+        tuple(hx),
+        tuple(weights),
+        batch_sizes,
+        sequence,
+        lengths,
+        resets,
+        tuple(reset_state or ()),  # a program compiled ahead of time passes an empty list as None
+        every_state,
+        h_mask,
+        tuple(zoneout or ()),
+        seed,
+        recompute,
+    )
 
 
 def _outputs(sequence: bool, results: _Tensors) -> Outputs:
@@ -258,13 +277,13 @@ class _LayerWithSaved(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         call = _restored(ctx.template, kept[: ctx.count])
-        saved, needs = tuple(kept[ctx.count :]), ctx.needs_input_grad[2 + _ALONG :]
+        saved, needs = tuple(kept[ctx.count :]), ctx.needs_input_grad[2 + ALONG :]
         of_outputs = _outputs(call.sequence, grads[: _count(call)])
         if in_forward_mode((*grads, *call.tensors())):
             result = _reference_gradient(call, of_outputs, needs)
         else:
             result = layer_backward(ENGINES[ctx.engine], call, saved, of_outputs, needs)
-        return None, None, *(None,) * _ALONG, *result
+        return None, None, *(None,) * ALONG, *result
 
 
 def _layer_backward_autograd(grads: _Tensors, *arguments: Any) -> list[Tensor]:
@@ -297,13 +316,13 @@ class _LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def _split(template: Call, along_and_tensors: _Tensors) -> tuple[_Tensors, Call]:
-        along, tensors, grads = along_and_tensors[:_ALONG], along_and_tensors[_ALONG:], _count(template)
+        along, tensors, grads = along_and_tensors[:ALONG], along_and_tensors[ALONG:], _count(template)
         return tensors[:grads], _restored(template, [*along, *tensors[grads:]])
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Tensor | None, ...]:
-        along, tensors = ctx.saved_tensors[:_ALONG], ctx.saved_tensors[_ALONG:]
-        asked = [k for k, need in enumerate(ctx.needs_input_grad[4 + _ALONG :]) if need]
+        along, tensors = ctx.saved_tensors[:ALONG], ctx.saved_tensors[ALONG:]
+        asked = [k for k, need in enumerate(ctx.needs_input_grad[4 + ALONG :]) if need]
         given = [k for k, s in enumerate(second) if s is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
@@ -317,16 +336,12 @@ class _LayerBackward(torch.autograd.Function):
 
         pull = torch.func.vjp(first, *(tensors[k] for k in asked))[1]
         values = dict(zip(asked, pull(tuple(second[k] for k in given)), strict=True))
-        return *(None,) * (4 + _ALONG), *(values.get(k) for k in range(len(tensors)))
-
-
-#: How many tensors ``Call.along`` gives.
-_ALONG = 3
+        return *(None,) * (4 + ALONG), *(values.get(k) for k in range(len(tensors)))
 
 
 def _restored(template: Call, along_and_tensors: _Tensors) -> Call:
     """The call again, when autograd has kept all its tensors: those of torch.func's levels must not hide elsewhere."""
-    return template.with_tensors(along_and_tensors[_ALONG:]).with_along(along_and_tensors[:_ALONG])
+    return template.with_tensors(along_and_tensors[ALONG:]).with_along(along_and_tensors[:ALONG])
 
 
 def _substituted(tensors: _Tensors, places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor | None]:
@@ -368,7 +383,8 @@ def _rows(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 def _as_rows(size: int, dims: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """The arguments of a call for all members at once."""
-    cell, input, hx, weights, batch_sizes, sequence, lengths, resets, reset_state, every_state = arguments
+    cell, input, hx, weights, batch_sizes, sequence, lengths, resets, reset_state, every_state, *rest = arguments
+    h_mask, zoneout, seed, recompute = rest
     return [
         cell,
         _rows(input, dims[1], size),
@@ -380,6 +396,10 @@ def _as_rows(size: int, dims: Sequence[Any], arguments: Sequence[Any]) -> list[A
         _marks(resets, dims[7], size),
         [_rows(h, dim, size) for h, dim in zip(reset_state, dims[8], strict=True)],
         every_state,
+        _rows(h_mask, dims[10], size),
+        zoneout,
+        seed,
+        recompute,
     ]
 
 
@@ -418,9 +438,15 @@ def _mapped(dims: Sequence[Any]) -> bool:
     return any(_mapped(dim) if isinstance(dim, list | tuple) else dim is not None for dim in dims)
 
 
+def _apart(dims: Sequence[Any], arguments: Sequence[Any]) -> bool:
+    """Whether the members of a mapped call cannot be rows of one: their weights differ, or the lengths of a packed
+    batch, or each draws lots of its own."""
+    return _mapped(dims[3:5]) or arguments[12] is not None
+
+
 def _layer_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
     operator = _OPERATORS.layer.default
-    if _mapped(dims[3:5]):  # weights, or the lengths of a packed batch
+    if _apart(dims, arguments):
         return _one_by_one(operator, info.batch_size, dims, arguments)
     return _members_of_rows(operator(*_as_rows(info.batch_size, dims, arguments)), info.batch_size)
 
@@ -436,7 +462,7 @@ def _layer_backward_vmap(info: Any, dims: Sequence[Any], *arguments: Any) -> tup
     of_weights = 1 + len(of_call[2])
     sums_rows = any(needs[of_weights : of_weights + len(of_call[3])])
     dims_of_call, (_, *dims_of_rest) = dims[1 : 1 + len(of_call)], dims[1 + len(of_call) :]
-    if _mapped(dims_of_call[3:5]) or sums_rows:
+    if _apart(dims_of_call, of_call) or sums_rows:
         if _mapped(dims_of_call):
             saved = []
         dims_one_by_one = [dims[0], *dims_of_call, [None] * len(saved), *dims_of_rest]

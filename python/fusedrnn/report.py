@@ -95,11 +95,14 @@ def _decision(call: Call, choice: engines.Choice) -> Decision:
         details.append("bidirectional")
     if call.batch_sizes is not None:
         details.append("packed")
-    details += [name for name, given in (("lengths", call.lengths), ("resets", call.resets)) if given is not None]
+    options = {"lengths": call.lengths, "resets": call.resets, "recurrent dropout": call.h_mask}
+    details += [name for name, given in (options | {"zoneout": call.zoneout or None}).items() if given is not None]
     reasons = ["asked for by fusedrnn.engine or FUSEDRNN_ENGINE"] if choice.forced else []
     if choice.route is not None:
         reasons.append(choice.route)
     reasons += [f"not {name}: {why}" for name, why in choice.declined.items()]
+    if call.recompute and not engine.recomputes:
+        reasons.append("keeps everything for backward, whatever save says: only the C++ engine computes gates again")
     compute = engine.computes_in(dtype)
     if compute != dtype:
         reasons.append(f"{dtype} is converted to {compute}, computed in it, and converted back")

@@ -41,18 +41,19 @@ struct Case {
   Placing placing[4];            // of input, output, d_output, d_input
   bool shifted;                  // buffers aligned to a value only
   int threads;
-  bool nested;  // called inside a parallel region, where the team is smaller than asked for
+  bool nested;     // called inside a parallel region, where the team is smaller than asked for
+  bool recompute;  // backward computes the gates again
 
   std::string text() const {
     char line[256];
     const Shape& s = shape;
     std::snprintf(line, sizeof line,
                   "T=%d B=%d I=%d H=%d R=%d D=%d packed=%d biases=%d hx=%u d_output=%d d_final=%u wanted=%x "
-                  "placing=%d%d%d%d shifted=%d threads=%d nested=%d",
+                  "placing=%d%d%d%d shifted=%d threads=%d nested=%d recompute=%d",
                   static_cast<int>(s.T), static_cast<int>(s.B), static_cast<int>(s.I), static_cast<int>(s.H),
                   static_cast<int>(s.R), s.directions, packed, static_cast<int>(biases), hx, d_output, d_final, wanted,
                   static_cast<int>(placing[0]), static_cast<int>(placing[1]), static_cast<int>(placing[2]),
-                  static_cast<int>(placing[3]), shifted, threads, nested);
+                  static_cast<int>(placing[3]), shifted, threads, nested, recompute);
     return line;
   }
 };
@@ -277,9 +278,9 @@ class Run {
 
   void run() {
     const CellFacts& facts = cell_facts[static_cast<int>(s_.cell)];
-    const Buffer<T> saved(
-        s_.directions * saved_size(facts.kept, facts.states, tokens_.seq.tokens(), s_.H, s_.R, s_.projected),
-        case_.shifted);
+    const Buffer<T> saved(s_.directions * saved_size(case_.recompute ? 0 : facts.kept, facts.states,
+                                                     tokens_.seq.tokens(), s_.H, s_.R, s_.projected),
+                          case_.shifted);
     forward(true, saved.data());
     const bool filled = std::none_of(saved.data(), saved.data() + saved.size(), [](T value) { return value != value; });
     CHECK(filled, "not all is saved; %s", case_.text().c_str());
@@ -313,6 +314,7 @@ class Run {
     layer.I = s_.I, layer.H = s_.H, layer.R = s_.R;
     layer.directions = s_.directions;
     layer.projected = s_.projected;
+    layer.recompute = case_.recompute;
     layer.input = input_.const_rows();
     for (int k = 0; k < s_.states(); ++k) layer.hx[k] = hx_[k] ? hx_[k]->data() : nullptr;
     for (int d = 0; d < s_.directions; ++d) layer.weights[d] = weights_[d].template view<const T>();
@@ -423,6 +425,7 @@ class Cases {
     for (Placing& placing : c.placing) placing = placings_.draw(random_);
     c.shifted = random_.coin();
     c.threads = threads_.draw(random_);
+    c.recompute = recompute_.draw(random_);
     set_lengths(c);
     return c;
   }
@@ -451,7 +454,7 @@ class Cases {
   Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30};
   Bag<int64_t> large_inputs_{17, 70, 300}, large_sizes_{33, 70, 130};
   Bag<int> directions_{1, 2}, threads_{1, 2, 3}, large_threads_{2, 3};
-  Bag<bool> packed_{false, true}, nested_{false, false, false, true};
+  Bag<bool> packed_{false, true}, recompute_{false, true}, nested_{false, false, false, true};
   Bag<Biases> biases_{Biases::none, Biases::both, Biases::both, Biases::input, Biases::recurrent};
   Bag<Placing> placings_{Placing::time_major, Placing::batch_first, Placing::with_gaps};
 };

@@ -11,7 +11,9 @@ CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 USUAL_CELLS = ("lstm", "gru", "rnn_tanh")  # what is measured unless others are asked for
 MODES = ("inference", "training")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-SECTIONS = ("grid", "overhead", "step", "packed", "memory", "first call", "contention", "accuracy")
+SECTIONS = (
+    "grid", "overhead", "step", "packed", "lengths", "resets", "memory", "first call", "contention", "accuracy"
+)  # fmt: skip
 
 #: The kinds of shapes. Shapes of kind ODD show the edges; they do not count in any mean.
 ONE_STEP, BATCH_1, TRAINING, LONG_THIN, ODD = "one step", "batch 1", "training shapes", "RL and long-thin", "odd"

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import accuracy, cost, memory, overhead, plots, tables
+from . import accuracy, cost, memory, overhead, plots, sequences, tables
 from .contestants import FUSEDRNN, TOLERANCE, TORCH, make_task
 from .driver import Driver, cores_for
 from .grid import MODES, SECTIONS, SHAPES, USUAL_CELLS
@@ -138,6 +138,10 @@ def _sections(options: Options, driver: Driver) -> dict[str, list[Callable[[], F
         "packed": [
             partial(cost.packed, driver, *names, threads, budget) for names, threads in product(each, options.threads)
         ],
+        "lengths": [
+            partial(sequences.lengths, *names, count, budget) for names, count in product(each, options.threads)
+        ],
+        "resets": [partial(sequences.resets, *names, count, budget) for names, count in product(each, options.threads)],
         "memory": [
             *(partial(memory.measure, *names, dtype) for names in shapes),
             *(partial(memory.peak, driver, *names, dtype) for names in shapes if names[1] in memory.PEAK_SHAPES),

@@ -29,6 +29,8 @@ SECTION_TITLES = {
     "overhead": "One call at T = B = 1, I = H = 8, float32, 1 thread, microseconds",
     "step": "One more step of a long sequence, B = 1, float32, 1 thread, microseconds",
     "packed": "Time per real token of a packed batch / of a dense one, float32",
+    "lengths": "Time per real token of a batch with lengths (torch.nn: packed, padded again) / of a dense one, float32",
+    "resets": "Resets to zeros (torch.nn: split into segments; called step by step), milliseconds, float32",
     "memory": "A training step, 1 thread, MiB, weights left out",
     "first call": "The first call in a fresh process, milliseconds more than the second, float32, 1 thread",
     "contention": "Mean time beside a process that keeps one core busy / time alone on 1 thread, float32",
@@ -195,7 +197,8 @@ def means_table(results: Results) -> Table:
 
 def _finding_cells(rows: list[Finding]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a section, the same for terminal and README."""
-    names = [name for name in PEERS if any(name in row.values or name in row.errors for row in rows)]
+    mentioned = list(dict.fromkeys(name for row in rows for name in (*row.values, *row.errors)))
+    names = [name for name in PEERS if name in mentioned] + [name for name in mentioned if name not in PEERS]
 
     def cell(row: Finding, name: str) -> str:
         if name in row.values:

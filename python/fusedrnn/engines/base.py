@@ -16,6 +16,9 @@ from ..cells import Cell
 WEIGHTS_PER_DIRECTION = 5
 
 
+#: How many tensors ``Call.along`` gives.
+ALONG = 5
+
 _NOTHING = torch.empty(0)
 
 
@@ -38,6 +41,12 @@ class Call:
             before that step is ``reset_state``; in reverse the one between that step and the step before it.
         reset_state: for each of the cell's states (D, B, width), or None for zeros; empty: all are zeros.
         every_state: whether the states but h are wanted at every step.
+        h_mask: factors (D, B, R) of h on its way into the recurrent products, or None for ones; not differentiated.
+        zoneout: for each state how likely a unit keeps at a step the value it had, or nothing.
+        seed: int64 (), from which zoneout draws its lots (:func:`fusedrnn.dropouts.stays`); without it, in evaluation,
+            the mean of both values takes their place. Unit j of row b at step t has, of direction d of D and state s,
+            the lot of place ``(((s * D + d) * T + t) * B + b) * H + j``.
+        recompute: whether forward should keep the states alone, and backward compute the gates again.
     """
 
     cell: Cell
@@ -50,6 +59,10 @@ class Call:
     resets: Tensor | None = None
     reset_state: tuple[Tensor | None, ...] = ()
     every_state: bool = False
+    h_mask: Tensor | None = None
+    zoneout: tuple[float, ...] = ()
+    seed: Tensor | None = None
+    recompute: bool = False
 
     @property
     def directions(self) -> int:
@@ -84,6 +97,7 @@ class Call:
     def option_along_time(self) -> str | None:
         """The first option that stock torch does not have, if any is used."""
         options = {"lengths": self.lengths, "resets": self.resets, "every state": self.every_state or None}
+        options |= {"recurrent dropout": self.h_mask, "zoneout": True if self.zoneout else None}
         return next((name for name, given in options.items() if given is not None), None)
 
     def of_direction(self, direction: int) -> tuple[Tensor | None, ...]:
@@ -114,17 +128,20 @@ class Call:
     ) -> Call:
         """The call with these tensors. Written out, because dataclasses.replace takes several times as long."""
         of_sequence = self.batch_sizes, self.sequence, self.lengths, self.resets
-        return Call(self.cell, input, hx, weights, *of_sequence, reset_state, self.every_state)
+        masks = self.h_mask, self.zoneout, self.seed
+        return Call(self.cell, input, hx, weights, *of_sequence, reset_state, self.every_state, *masks, self.recompute)
 
     def along(self) -> tuple[Tensor | None, ...]:
-        """The tensors that say which tokens there are and where segments begin: batch_sizes, lengths, resets."""
-        return self.batch_sizes, self.lengths, self.resets
+        """The tensors that no gradient is asked for: batch_sizes, lengths, resets, h_mask, seed."""
+        return self.batch_sizes, self.lengths, self.resets, self.h_mask, self.seed
 
     def with_along(self, tensors: Sequence[Tensor | None]) -> Call:
         """The same call with other tensors in the places of :meth:`along`."""
-        batch_sizes, lengths, resets = tensors
+        batch_sizes, lengths, resets, h_mask, seed = tensors
         of_layer = self.cell, self.input, self.hx, self.weights
-        return Call(*of_layer, batch_sizes, self.sequence, lengths, resets, self.reset_state, self.every_state)
+        of_sequence = batch_sizes, self.sequence, lengths, resets
+        masks = h_mask, self.zoneout, seed
+        return Call(*of_layer, *of_sequence, self.reset_state, self.every_state, *masks, self.recompute)
 
     @property
     def outputs(self) -> int:
@@ -134,7 +151,10 @@ class Call:
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with every floating-point tensor converted."""
-        return self.with_tensors([None if t is None else t.to(dtype) for t in self.tensors()])
+        call = self.with_tensors([None if t is None else t.to(dtype) for t in self.tensors()])
+        if call.h_mask is not None:
+            call.h_mask = call.h_mask.to(dtype)
+        return call
 
     def on(self, device: str) -> Call:
         """The same call with every tensor on a device."""
@@ -192,6 +212,10 @@ class Call:
         for name, state, width in zip(self.cell.states, self.reset_state, self.widths(), strict=False):
             if state is not None:
                 self._check_tensor(f"{name} of reset_state", state, (self.directions, batch, width))
+        if self.h_mask is not None:
+            self._check_tensor("h_mask", self.h_mask, (self.directions, batch, self.output_size))
+        if self.zoneout and len(self.zoneout) != len(self.cell.states):
+            raise RuntimeError(f"Expected {len(self.cell.states)} rates of zoneout, got {len(self.zoneout)}")
         self._check_lengths(batch, values)
         if self.resets is not None:
             shape = tuple(self.input.shape[:-1])
@@ -269,6 +293,7 @@ class Engine(Protocol):
 
     name: str
     traceable: bool
+    recomputes: bool  # whether it heeds ``Call.recompute``
 
     def available(self) -> str | None:
         """None if the engine can run on this machine, else the reason why not."""

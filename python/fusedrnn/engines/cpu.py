@@ -17,6 +17,7 @@ _cpu, _missing = load("_cpu")
 class CpuEngine:
     name = "cpu"
     traceable = False
+    recomputes = True
 
     def available(self) -> str | None:
         return _missing or None
@@ -28,6 +29,8 @@ class CpuEngine:
             return f"no kernel for {call.input.dtype}"
         if call.input.layout != torch.strided:
             return f"no kernel for {call.input.layout} input"
+        if call.zoneout and call.weights[4] is not None:
+            return "no kernel for zoneout with a projection"
         return None
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
@@ -35,7 +38,8 @@ class CpuEngine:
 
     def describe(self, call: Call) -> str:
         assert _cpu is not None
-        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads"
+        again = ", backward computes the gates again" if _recomputes(call) else ""
+        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{again}"
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         assert _cpu is not None
@@ -55,7 +59,8 @@ class CpuEngine:
     def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
         assert _cpu is not None
         projected = call.weights[4] is not None
-        each = _cpu.saved_per_token(call.cell.name, int(call.hidden_size), int(call.output_size), projected)
+        sizes = int(call.hidden_size), int(call.output_size), projected
+        each = _cpu.saved_per_token(call.cell.name, *sizes, _recomputes(call))
         return ((call.directions * call.tokens * each,),)
 
     def backward(
@@ -81,12 +86,22 @@ _COMPUTES_IN = {
 }
 
 
+def _recomputes(call: Call) -> bool:
+    """Zoneout leaves states that do not tell what the cell has computed: backward must compute that again."""
+    return call.recompute or bool(call.zoneout)
+
+
 def _arguments(call: Call) -> tuple[object, ...]:
-    return call.cell.name, call.input, *call.along(), call.hx, call.reset_state, call.weights
+    along = call.batch_sizes, call.lengths, call.resets
+    seed = None if call.seed is None else int(call.seed)
+    masks = call.h_mask, call.zoneout, seed, _recomputes(call)
+    return call.cell.name, call.input, *along, call.hx, call.reset_state, call.weights, *masks
 
 
 def _contiguous(call: Call) -> Call:
-    """The kernels want weights, states, batch sizes and lengths contiguous, and the input's features side by side."""
+    """The kernels want weights, states, batch sizes, lengths and masks contiguous, and the input's features side
+    by side.
+    """
     return call.with_tensors(list(map(in_memory, call.tensors()))).with_along(list(map(in_memory, call.along())))
 
 

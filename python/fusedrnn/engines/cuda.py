@@ -57,6 +57,7 @@ class CudaEngine:
 
     name = "cuda"
     traceable = False
+    recomputes = False
 
     def __init__(self, module: ModuleType | None = _cuda, device_type: str = "cuda") -> None:
         self._module, self._device_type = module, device_type
@@ -79,6 +80,8 @@ class CudaEngine:
             return "an empty batch"
         if call.every_state:
             return "no kernel that returns the cell state of every step"
+        if call.h_mask is not None or call.zoneout:
+            return "no kernel for recurrent dropout or zoneout"
         if any(state is not None for state in call.reset_state):
             return "no kernel for resets to a state other than zeros"
         if call.weights[4] is not None and (call.lengths is not None or call.resets is not None):

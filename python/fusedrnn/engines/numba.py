@@ -31,6 +31,7 @@ _COMPUTES_IN = {
 class NumbaEngine:
     name = "numba"
     traceable = False
+    recomputes = False
 
     def available(self) -> str | None:
         return _why_not_installed()
@@ -42,6 +43,8 @@ class NumbaEngine:
             return f"no kernel for {call.input.dtype}"
         if call.input.layout != torch.strided:
             return f"no kernel for {call.input.layout} input"
+        if call.h_mask is not None or call.zoneout:
+            return "no kernel for recurrent dropout or zoneout"
         return _why_not_importable()
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:

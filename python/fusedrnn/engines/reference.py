@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..dropouts import stays
 from .base import Call, Outputs, Saved
 
 
 class ReferenceEngine:
     name = "reference"
     traceable = True
+    recomputes = False
 
     def available(self) -> str | None:
         return None
@@ -86,9 +88,15 @@ def _one_direction(call: Call, direction: int) -> tuple[list[Tensor], list[Tenso
                 for new, old in zip(fresh, states, strict=True)
             ]
         rows = [state[: sizes[t]] for state in states]
-        new = list(call.cell.step(products[t].chunk(gates, -1), linear(rows[0], w_hh, b_hh).chunk(gates, -1), rows))
+        h = rows[0] if call.h_mask is None else rows[0] * call.h_mask[direction][: sizes[t]]
+        new = list(call.cell.step(products[t].chunk(gates, -1), linear(h, w_hh, b_hh).chunk(gates, -1), rows))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
+        if call.zoneout:
+            new = [
+                _zoned_out(call, direction, t, k, old, value)
+                for k, (old, value) in enumerate(zip(rows, new, strict=True))
+            ]
         active = None if lengths is None else (lengths > t)[:, None]
         for of_state, value in zip(steps, new, strict=False):
             of_state[t] = value if active is None else torch.where(active, value, torch.zeros_like(value))
@@ -100,3 +108,15 @@ def _one_direction(call: Call, direction: int) -> tuple[list[Tensor], list[Tenso
                 torch.cat([a, b[sizes[t] :]]) if sizes[t] < len(b) else a for a, b in zip(new, states, strict=True)
             ]
     return [torch.stack(values) if dense else torch.cat(values) for values in steps], states
+
+
+def _zoned_out(call: Call, direction: int, t: int, state: int, old: Tensor, new: Tensor) -> Tensor:
+    """A state after step t (rows, width), where some units keep the one before."""
+    rate, seed = call.zoneout[state], call.seed
+    if seed is None:
+        return rate * old + (1 - rate) * new
+    device = old.device
+    first = (state * call.directions + direction) * call.time + t
+    rows = first * call.batch + torch.arange(old.shape[0], device=device)
+    place = rows[:, None] * call.hidden_size + torch.arange(old.shape[1], device=device)
+    return torch.where(stays(rate, seed.to(device), place), old, new)

@@ -13,6 +13,7 @@ from .base import Call, Outputs, Saved
 class TorchEngine:
     name = "torch"
     traceable = True
+    recomputes = False
 
     def available(self) -> str | None:
         return None
