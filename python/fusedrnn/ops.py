@@ -86,7 +86,6 @@ def _call(
     seed: Tensor | None,
     recompute: bool,
 ) -> Call:
-    # A program compiled ahead of time passes an empty list as None.
     return Call(
         CELLS[cell],
         input,
@@ -96,7 +95,7 @@ def _call(
         sequence,
         lengths,
         resets,
-        tuple(reset_state or ()),
+        tuple(reset_state or ()),  # a program compiled ahead of time passes an empty list as None
         every_state,
         h_mask,
         tuple(zoneout or ()),
@@ -254,7 +253,7 @@ def _layer_with_saved_autograd(*arguments: Any) -> list[Tensor]:
     tensors = call.tensors()
     _refuse_tangents(tensors)
     if not _wants_gradient(tensors):
-        return _below_autograd(_OPERATORS.layer_with_saved.default, *_arguments(call), engine)
+        return _below_autograd(_OPERATORS.layer_with_saved.default, *arguments)
     return list(_with_gradient(call, tensors, engine))
 
 
