@@ -71,10 +71,11 @@ format: $(VENV)/tools
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # A wheel for this Python with the kernels for every GPU, if there is an nvcc. auditwheel writes into its name which
-# systems it runs on.
+# systems it runs on. Built from nothing: a folder of CMake's remembers what an earlier build was told.
 wheel: $(VENV)/tools ## a wheel to give away, in dist/
 	rm -rf dist build/wheel
-	FUSEDRNN_REQUIRE_COMPILED=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	FUSEDRNN_REQUIRE_COMPILED=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel \
+	  -C build-dir=build/wheel/cmake .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
@@ -107,9 +108,11 @@ gpu-check: gpu-build ## on a machine with a GPU: are the CUDA kernels right on i
 gpu-bench: gpu-build ## on a machine with a GPU: a part of the grid, SHARD=i/n, against torch; again to go on
 	$(ON_GPU) -m fusedrnn bench-gpu --shard $(SHARD) --minutes $(MINUTES)
 
-# The extension is built again when its sources change; Python sources are used where they lie.
+# The extension is built again when its sources change; Python sources are used where they lie. Its folder is not the
+# one of `pip install .`, which would take over the single GPU target.
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU) --editable .
+	$(PIP) --no-build-isolation --no-deps -C build-dir=build/test/{wheel_tag} \
+	  -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU) --editable .
 	touch $@
 
 $(VENV)/tools: constraints.txt pyproject.toml

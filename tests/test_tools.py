@@ -19,6 +19,13 @@ def load(name):
     return module
 
 
+def build_record(cuda):
+    return {"fusedrnn___build_record.py": f'# Written by CMake.\nBUILT_WITH = "GNU 12.2.0, {cuda}"\nCOMMIT = "0"\n'}
+
+
+ALL_GPUS = build_record("CUDA 13.0 for sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120, PTX of compute_80")
+
+
 class TestWheel:
     @pytest.fixture
     def check(self, tmp_path, monkeypatch, capsys):
@@ -38,7 +45,8 @@ class TestWheel:
 
     def test_good(self, check):
         cpu = "libstdc++.so.6 libgcc_s.so.1 libc.so.6 ld-linux-x86-64.so.2"
-        status, out = check(fusedrnn___cpu_SO=cpu, fusedrnn___cuda_SO="libc.so.6 libm.so.6", fusedrnn__nn="")
+        files = {"fusedrnn___cpu_SO": cpu, "fusedrnn___cuda_SO": "libc.so.6 libm.so.6", "fusedrnn__nn": "", **ALL_GPUS}
+        status, out = check(**files)
         assert status == 0, out
         assert "0.0 MB, _cpu _cuda" in out
 
@@ -47,7 +55,11 @@ class TestWheel:
         [
             ({"fusedrnn__nn": ""}, "it has no compiled module _cpu"),
             ({"fusedrnn___cpu_SO": "libgomp.so.1"}, "needs libgomp.so.1"),
-            ({"fusedrnn___cpu_SO": "", "fusedrnn___cuda_SO": "libcudart.so.13"}, "needs libcudart.so.13"),
+            ({"fusedrnn___cpu_SO": "", "fusedrnn___cuda_SO": "libcudart.so.13", **ALL_GPUS}, "needs libcudart.so.13"),
+            (
+                {"fusedrnn___cpu_SO": "", "fusedrnn___cuda_SO": "", **build_record("CUDA 13.0 for sm_90a, sm_100")},
+                "its CUDA kernels lack PTX of compute_80, sm_120, sm_80, sm_86, sm_89",
+            ),
             ({"fusedrnn___cpu_SO": "libtorch.so"}, "needs libtorch.so"),
             (
                 {"fusedrnn___cpu_SO": "", "fusedrnn.libs__libgomp-a34b3233.so.1.0.0": ""},
