@@ -1,6 +1,5 @@
 #include "kept.h"
 
-#include <cstdlib>
 #include <iterator>
 #include <list>
 #include <mutex>
@@ -50,23 +49,15 @@ KeptWeights::KeptWeights(const Key& key, size_t bytes) : key_(key) {
   if (new_) block_ = allocate(bytes);
 }
 
-KeptWeights::~KeptWeights() { std::free(block_.data); }
+KeptWeights::~KeptWeights() { release(block_); }
 
 void KeptWeights::keep() {
   const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
   if (!lock) return;
-  std::free(find(key_).data);  // another call with these weights ended before
+  release(find(key_));  // another call with these weights ended before
   kept.entries.push_front({key_, std::exchange(block_, {})});
   kept.bytes += kept.entries.front().block.bytes;
-  while (kept.bytes > limit()) std::free(take(std::prev(kept.entries.end())).data);
-}
-
-size_t KeptWeights::limit() {
-  static const size_t bytes = [] {
-    const char* megabytes = std::getenv("FUSEDRNN_KEPT_MB");
-    return (megabytes ? std::strtoull(megabytes, nullptr, 10) : 128) << 20;
-  }();
-  return bytes;
+  while (kept.bytes > kept_limit()) release(take(std::prev(kept.entries.end())));
 }
 
 }  // namespace fusedrnn

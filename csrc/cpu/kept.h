@@ -30,11 +30,8 @@ class KeptWeights {
 
   char* data() const { return block_.data; }
   bool is_new() const { return new_; }
-  // The block is complete: a later call may have it.
+  // The block is complete: a later call may have it. All that are kept have `kept_limit` bytes together at most.
   void keep();
-
-  // The most bytes that one block may have, and that all have together: 128 MiB, or FUSEDRNN_KEPT_MB.
-  static size_t limit();
 
  private:
   Key key_;

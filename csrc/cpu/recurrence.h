@@ -165,7 +165,7 @@ class ForwardPass {
     // Packing a weight costs about as much as eight uses of it unpacked.
     packs_ = a_.seq.tokens() > 8 || within_;
     const int64_t weights = a_.directions * G * a_.H * (a_.I + a_.R) * (int64_t)sizeof(T);
-    keeps_ = packs_ && !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)KeptWeights::limit();
+    keeps_ = packs_ && !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)kept_limit();
   }
 
   int planned_threads() const { return plan_.threads; }

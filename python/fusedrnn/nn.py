@@ -28,9 +28,8 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "StreamState"
 
 def _current(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
     """The module's weights as they are now: parameters, or whatever replaced them (parametrizations, weight drop)."""
-    parameters = module._parameters
     try:
-        return [parameters[name] for name in names]  # type: ignore[misc]
+        return list(map(module._parameters.__getitem__, names))  # type: ignore[arg-type]
     except KeyError:
         return [getattr(module, name) for name in names]
 
@@ -145,9 +144,9 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         if isinstance(input, Proxy):
             along = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
             return _leaf(self, input, hx, **along, return_states=return_states)
-        cell = MODES[self.mode]
+        cell, own = MODES[self.mode], self.__dict__
         weights = _current(self, self._flat_weights_names)
-        learned = learned_state(self)
+        learned = learned_state(self) if "learn_initial_state" in own else None
         options: dict[str, Any] = {}
         if lengths is not None or resets is not None or reset_state is not None or return_states:
             given: Any = None if reset_state is None else _states(cell, reset_state)
@@ -159,9 +158,9 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         if learned and hx is None:
             hx = _for_batch(learned, input, self.batch_first)
         states = _states(cell, hx)
-        if "dropouts" in self.__dict__ and (self.training or self.dropouts.zoneout):
+        if "dropouts" in own and (self.training or self.dropouts.zoneout):
             options["dropouts"] = self.dropouts
-        if "save" in self.__dict__ and torch.is_grad_enabled():
+        if "save" in own and torch.is_grad_enabled():
             options["save"] = self.save
         if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"

@@ -34,6 +34,9 @@ _TURN = 5e-3
 #: From this duration on a call needs no warming up.
 _LONG = 2e-2
 _MIN_ROUNDS, _FEW_ROUNDS, _MAX_ROUNDS = 5, 3, 200
+#: A race goes on beyond its budget, for so many rounds at most, while the quartiles of the two fastest contestants'
+#: ratio are further apart than this part of it.
+_UNSETTLED, _PATIENT_ROUNDS = 0.04, 15
 #: Contestants that take so many times as long as the fastest one get no more than the least number of rounds.
 _HOPELESS = 4
 #: A short turn in which the process waited for a core more than this part of the time is repeated, at most so often.
@@ -162,6 +165,16 @@ class Entry:
 
     contestant: str
     task: Task
+
+
+def _settled(seconds: Mapping[str, list[float]]) -> bool:
+    """Whether more rounds would hardly tell more of who is faster."""
+    timing = Timing(seconds, None)
+    fast, *others = sorted(seconds, key=timing.median)
+    if not others:
+        return True
+    low, middle, high = timing.ratios(others[0], fast)
+    return high - low <= _UNSETTLED * middle
 
 
 @dataclass
@@ -313,7 +326,7 @@ class Driver:
         told = True
         for done in range(_MAX_ROUNDS):
             if done >= least:
-                if perf_counter() > begin + budget:
+                if perf_counter() > begin + budget and (done >= _PATIENT_ROUNDS or _settled(seconds)):
                     break
                 order = [label for label in order if calls[label] <= slow]
             for label in list(order):

@@ -1,4 +1,4 @@
-"""Calls without gradients find their weights packed by the call before. Whatever changes a weight, they notice."""
+"""What a call leaves for the next: weights packed without gradients, whose changes are noticed, and memory."""
 
 from __future__ import annotations
 
@@ -136,6 +136,20 @@ def test_more_than_are_kept():
     for _ in range(2):
         for pair in pairs:
             check(pair)
+
+
+def test_results_do_not_share_memory():
+    """Memory of results serves later calls, but not while anyone holds a view of it."""
+    module, x = fusedrnn.GRU(16, 128), torch.randn(300, 4, 16)
+    with torch.no_grad():
+        held = [(module(x * k)[0], (x * k)) for k in range(4)]
+        held += [(module(x * k)[0][10:], x * k) for k in range(4)]
+        assert len({output.data_ptr() for output, _ in held}) == 8
+        for output, given in held:
+            assert torch.equal(output, module(given)[0][-len(output) :])
+        del held
+        first = module(x)[0].clone()
+        assert torch.equal(module(x)[0], first)
 
 
 @pytest.mark.parametrize("megabytes", ["0", "1"])
