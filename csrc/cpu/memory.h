@@ -19,8 +19,8 @@ struct Memory {
 // 64-byte aligned, in huge pages if large, with anything in it; to be given to `release`. Throws std::bad_alloc.
 //
 // What was released is kept for the next to ask for about as much, up to `kept_limit` bytes in all: the system zeroes
-// every fresh page (Zen 5, LSTM training 200,16,256,256; 100,32,128,128; 100,32,512,512 in the benchmark, where processes
-// take turns: 69 to 71% of the machine's limit without, 72 to 73% with it).
+// every fresh page (Zen 5, LSTM training 200,16,256,256; 100,32,128,128; 100,32,512,512 in the benchmark, where
+// processes take turns: 69 to 71% of the machine's limit without, 72 to 73% with it).
 Memory allocate(size_t bytes);
 void release(Memory block);
 
