@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <memory>
@@ -48,6 +49,9 @@ struct Grouping {
       : each(2 + (bias ? 2 : 0) + (projected ? 1 : 0)),
         place{0, 1, bias ? 2 : -1, bias ? 3 : -1, projected ? each - 1 : -1} {}
 };
+
+// Of all calls of the process.
+std::atomic<bool> batch_invariant{false};
 
 enum class Layout { time_major, batch_first, one_step };
 
@@ -223,6 +227,7 @@ struct Arguments {
     layer.h_mask = static_cast<const T*>(h_mask.data);
     layer.zoneout = zoneout;
     layer.recompute = recompute;
+    layer.batch_invariant = batch_invariant;
   }
 
   template <class Value>
@@ -558,6 +563,11 @@ PYBIND11_MODULE(_cpu, m) {
         "float32 sums, None where the instruction set in use has no instruction for it.");
   m.def("probe_read", &probe_read, py::arg("bytes"), py::arg("seconds"),
         "Bytes per second at which the calling thread reads so many bytes again and again.");
+  m.def(
+      "set_batch_invariant", [](bool enabled) { return batch_invariant.exchange(enabled); }, py::arg("enabled"),
+      "Whether from now on, in the whole process, no row's values depend on how many rows there are; returns what "
+      "held before.");
+  m.def("is_batch_invariant", [] { return batch_invariant.load(); }, "What set_batch_invariant has set.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def("isas", &isas, "Names of the instruction sets that this machine runs, best first.");
   m.def(

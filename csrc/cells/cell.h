@@ -3,7 +3,8 @@
 // A cell is a struct of constants and two functions, forward and backward, for one hidden unit at one time step. It
 // has no loops over units and no memory: an engine's time loop loads the arguments and stores the results. M is the
 // engine's arithmetic: M::V is a few SIMD vectors of units on the CPU and a float on a GPU; it has + - * / and the
-// functions M::sigmoid, tanh, relu, where_positive and zero. The constants tell the loop what the cell needs:
+// functions M::sigmoid, tanh, relu, where_positive, multiply_add and zero. The constants tell the loop what the cell
+// needs:
 //
 //   gates            row blocks of W_ih and W_hh, in torch's order
 //   states           values carried from step to step; the first is the output h

@@ -14,7 +14,7 @@ struct Lstm {
   FUSEDRNN_CELL void forward(const V* x, const V* r, const V* prev, V* next, V* keep) {
     const V i = M::sigmoid(x[0] + r[0]), f = M::sigmoid(x[1] + r[1]);
     const V g = M::tanh(x[2] + r[2]), o = M::sigmoid(x[3] + r[3]);
-    next[1] = f * prev[1] + i * g;
+    next[1] = M::multiply_add(f, prev[1], i * g);
     next[0] = o * M::tanh(next[1]);
     keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o;
   }

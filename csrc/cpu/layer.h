@@ -117,6 +117,8 @@ struct Layer {
   const T* h_mask;  // (D, B, R), contiguous: factors of h on its way into the recurrent products; null for ones
   Zoneout zoneout;  // not with a projection; backward then recomputes
   bool recompute;   // forward keeps the states alone; backward computes again what the cell has kept
+  // No row's values may depend on how many rows there are: not by a bit.
+  bool batch_invariant;
 
   FUSEDRNN_ALWAYS_INLINE int64_t state_width(int s) const { return s == 0 ? R : H; }
 

@@ -62,6 +62,23 @@ struct Simd {
 #endif
   }
 
+  // a b + c, in one rounding where there is an instruction for it. Of two products that are added, the compiler would
+  // merge one with the sum: the same cell would round differently in different places.
+  FUSEDRNN_INLINE V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    if constexpr (sizeof(T) == 8) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__) && FUSEDRNN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    if constexpr (sizeof(T) == 8) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__) && FUSEDRNN_VECTOR_BYTES == 16
+    if constexpr (sizeof(T) == 4) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    if constexpr (sizeof(T) == 8) return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return a * b + c;
+#endif
+  }
+
   FUSEDRNN_INLINE V at_most(T bound, V v) {
 #if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_min_ps((__mmask16)-1, (__m512)(V{} + bound), (__m512)v);
@@ -186,6 +203,10 @@ struct Math : Vectors<T, N> {
   using Vectors<T, N>::map;
 
   FUSEDRNN_INLINE V zero() { return V{}; }
+
+  FUSEDRNN_INLINE V multiply_add(V a, V b, V c) {
+    return map([](Raw u, Raw v, Raw w) { return S::multiply_add(u, v, w); }, a, b, c);
+  }
 
   // max(x, 0), a NaN stays one.
   FUSEDRNN_INLINE V relu(V x) {

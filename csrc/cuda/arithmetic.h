@@ -154,6 +154,7 @@ struct Math {
   using V = Real;
   FUSEDRNN_DEVICE static V zero() { return V(0); }
   FUSEDRNN_DEVICE static V sigmoid(V x) { return V(1) / (V(1) + exponential(-x)); }
+  FUSEDRNN_DEVICE static V multiply_add(V a, V b, V c) { return a * b + c; }
   FUSEDRNN_DEVICE static V tanh(V x) { return hyperbolic_tangent(x); }
   // A NaN stays one.
   FUSEDRNN_DEVICE static V relu(V x) { return x < V(0) ? V(0) : x; }

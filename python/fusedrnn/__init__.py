@@ -5,6 +5,7 @@ from .along import States, debug
 from .convert import convert, patch, revert, survey
 from .dropouts import Dropouts
 from .engines import engine
+from .engines.cpu import batch_invariant
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .report import explain, info
 from .saving import save_budget
@@ -21,6 +22,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "States",
+    "batch_invariant",
     "convert",
     "debug",
     "engine",
