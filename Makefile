@@ -51,11 +51,11 @@ $(CLIENTS)/ready: $(SOURCES) $(shell git ls-files python 2>/dev/null) tests/clie
 # The C++ tests, under the address and undefined-behaviour sanitizers, and the barrier under the thread sanitizer.
 sanitize: $(VENV)/tools
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DFUSEDRNN_TESTS=ON -DFUSEDRNN_SANITIZE=address,undefined
+	  -DFUSEDRNN_CUDA=OFF -DFUSEDRNN_TESTS=ON -DFUSEDRNN_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DFUSEDRNN_TESTS=ON -DFUSEDRNN_SANITIZE=thread
+	  -DFUSEDRNN_CUDA=OFF -DFUSEDRNN_TESTS=ON -DFUSEDRNN_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan --target test_barrier
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R barrier
 
