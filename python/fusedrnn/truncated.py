@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .along import checked
 from .nn import learned_state
 
 
@@ -51,7 +53,7 @@ def tbptt(
     The state is carried from window to window and detached: before a window's first step it is the one that an earlier
     window computed. Where k2 > k1 the steps before the new ones are run again, with the weights as they are then, so a
     window costs k2 steps. Memory is that of k2 steps, however long the input is. Masks of dropout are drawn anew for
-    each window.
+    each call of the module: where k2 > k1 a window has two, of which the second begins where the next window does.
 
     Args:
         module: called as ``module(input, hx) -> (output, hx)``, such as those of fusedrnn and torch.nn; in one
@@ -67,9 +69,11 @@ def tbptt(
 
     Raises:
         ValueError: k1 or k2 out of range, or the module is bidirectional.
-        TypeError: the input is packed or nested.
+        TypeError: the input is packed or nested, k1 or k2 is no integer, or lengths or resets are not tensors.
+        RuntimeError: lengths, resets or reset_state do not fit the whole input.
     """
-    k2 = k1 if k2 is None else k2
+    k1 = operator.index(k1)
+    k2 = k1 if k2 is None else operator.index(k2)
     if k1 < 1:
         raise ValueError(f"k1 must be at least 1, got {k1}")
     if k2 < k1:
@@ -78,7 +82,9 @@ def tbptt(
         raise ValueError("tbptt is for one direction: the reverse one begins at the sequence's end")
     if isinstance(input, PackedSequence) or input.is_nested:
         raise TypeError("tbptt takes a padded batch: give lengths instead of a packed or nested one")
-    return _Windows(module, input, lengths, resets, reset_state).run(k1, k2, hx)
+    windows = _Windows(module, input, lengths, resets, reset_state)
+    windows.check()
+    return windows.run(k1, k2, hx)
 
 
 class _Windows:
@@ -93,6 +99,17 @@ class _Windows:
         self.module, self.input, self.lengths, self.resets = module, input, lengths, resets
         self.reset_state = reset_state
         self.dim = 1 if getattr(module, "batch_first", False) and input.dim() == 3 else 0
+
+    def check(self) -> None:
+        """Raise for options that do not fit the whole input: the module sees them cut to a window, where they may."""
+        fresh = self.reset_state
+        if self.lengths is None and self.resets is None and fresh is None:
+            return
+        layout = "T" if self.input.dim() == 2 else "BT" if self.dim else "TB"
+        states = fresh if fresh is None or isinstance(fresh, tuple | list) else (fresh,)
+        checked(self.input, layout, self.lengths, self.resets, states, return_states=False, hx_given=False)
+        if self.lengths is not None:
+            self.lengths = self.lengths.to(torch.int64)  # of which a window's first step may be subtracted
 
     def run(self, k1: int, k2: int, hx: Any) -> Iterator[Window]:
         steps = self.input.shape[self.dim]
