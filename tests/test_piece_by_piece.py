@@ -91,6 +91,16 @@ def test_windows_of_an_unbatched_input_and_of_torch(engine):
         torch.testing.assert_close(torch.cat([w.output for w in windows]), ours(x, hx, resets=resets)[0])
 
 
+def test_windows_of_a_wrapped_module():
+    """What a compiled module hides, such as its learned initial state, counts as if it were not wrapped."""
+    module = module_of("GRU", batch_first=True, learn_initial_state=True)
+    torch.nn.init.normal_(module.initial_h)
+    x, resets = values(B, T, I), torch.rand(B, T) < 0.4
+    compiled = torch.compile(module, backend="eager")
+    output = torch.cat([w.output for w in fusedrnn.tbptt(compiled, x, 2, 5, resets=resets)], 1)
+    torch.testing.assert_close(output, module(x, resets=resets)[0])
+
+
 def test_gradient_of_the_initial_state():
     """It reaches a given state from the windows that begin with step 0, and from no other."""
     module, x, hx = module_of("GRU"), values(T, B, I), values(1, B, H).requires_grad_()

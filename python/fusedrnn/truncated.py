@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
 from .along import checked
@@ -42,7 +43,7 @@ def tbptt(
     """Truncated backpropagation through time: every k1 steps, gradients of their outputs through the last k2 steps.
 
     This is BPTT(h; h') of Williams and Peng (1990) with h = k2 and h' = k1, and TBPTT(k1, k2) of Sutskever (2013).
-    Each window's loss may be differentiated, and the weights changed, before the next window is asked for::
+    Each window's loss may be differentiated, once, and the weights changed, before the next window is asked for::
 
         for window in fusedrnn.tbptt(rnn, x, 32, 64):
             loss = criterion(head(window.output), target[window.steps])
@@ -56,8 +57,9 @@ def tbptt(
     each call of the module: where k2 > k1 a window has two, of which the second begins where the next window does.
 
     Args:
-        module: called as ``module(input, hx) -> (output, hx)``, such as those of fusedrnn and torch.nn; in one
-            direction.
+        module: called as ``module(input, hx) -> (output, hx)``, such as those of fusedrnn and torch.nn, compiled or in
+            DistributedDataParallel too; in one direction. A module of your own around them that takes (B, T, I) needs
+            the attribute ``batch_first`` as well.
         input: (T, B, I), (B, T, I) if ``module.batch_first``, or unbatched (T, I).
         k1: new steps of a window; the last window may have fewer.
         k2: steps that gradients go back, at least k1; None for k1.
@@ -78,7 +80,7 @@ def tbptt(
         raise ValueError(f"k1 must be at least 1, got {k1}")
     if k2 < k1:
         raise ValueError(f"k2 must be at least k1 = {k1}, or the loss of some steps would reach no weights; got {k2}")
-    if getattr(module, "bidirectional", False):
+    if getattr(_inside(module), "bidirectional", False):
         raise ValueError("tbptt is for one direction: the reverse one begins at the sequence's end")
     if isinstance(input, PackedSequence) or input.is_nested:
         raise TypeError("tbptt takes a padded batch: give lengths instead of a packed or nested one")
@@ -98,7 +100,7 @@ class _Windows:
     ) -> None:
         self.module, self.input, self.lengths, self.resets = module, input, lengths, resets
         self.reset_state = reset_state
-        self.dim = 1 if getattr(module, "batch_first", False) and input.dim() == 3 else 0
+        self.dim = 1 if getattr(_inside(module), "batch_first", False) and input.dim() == 3 else 0
 
     def check(self) -> None:
         """Raise for options that do not fit the whole input: the module sees them cut to a window, where they may."""
@@ -154,7 +156,7 @@ class _Windows:
             begins = begins & (self.lengths.to(begins.device) > step)
         fresh = self.reset_state
         if fresh is None:
-            fresh = learned_state(self.module)
+            fresh = learned_state(_inside(self.module))
             if fresh is not None:
                 unbatched = self.input.dim() == 2
                 fresh = tuple(s[:, 0] if unbatched else s for s in fresh)
@@ -166,6 +168,14 @@ class _Windows:
             return torch.where(begins[..., None], torch.zeros_like(old) if new is None else new, old)
 
         return _each(state, replaced)
+
+
+def _inside(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside the wrappers of torch.compile and DistributedDataParallel, which hide its attributes."""
+    if isinstance(module, DistributedDataParallel):
+        return _inside(module.module)
+    compiled: torch.nn.Module | None = getattr(module, "_orig_mod", None)
+    return module if compiled is None else _inside(compiled)
 
 
 def _each(state: Any, change: Any) -> Any:
