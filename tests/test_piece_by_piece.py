@@ -97,7 +97,8 @@ def test_windows_of_a_wrapped_module():
     torch.nn.init.normal_(module.initial_h)
     x, resets = values(B, T, I), torch.rand(B, T) < 0.4
     compiled = torch.compile(module, backend="eager")
-    output = torch.cat([w.output for w in fusedrnn.tbptt(compiled, x, 2, 5, resets=resets)], 1)
+    with torch.no_grad():
+        output = torch.cat([w.output for w in fusedrnn.tbptt(compiled, x, 4, resets=resets)], 1)
     torch.testing.assert_close(output, module(x, resets=resets)[0])
 
 

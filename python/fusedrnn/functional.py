@@ -179,7 +179,9 @@ def _run(call: Call, options: _Options) -> Outputs:
         call.check()  # before masks are shaped after its tensors
     call.zoneout, call.recompute = dropouts.zoneout_of(call.cell), recomputes(save, call)
     if training:
-        call.h_mask = dropouts.of_h(call.input, (call.directions, call.batch, call.output_size))
+        # Of a packed batch, torch.compile knows the number of rows by the states alone.
+        rows = call.batch if call.hx[0] is None else call.hx[0].shape[1]
+        call.h_mask = dropouts.of_h(call.input, (call.directions, rows, call.output_size))
         call.weights = dropouts.of_weights(call.weights, WEIGHTS_PER_DIRECTION)
         call.input = dropouts.of_input(call.input, call.batch_sizes)
         if call.zoneout:
