@@ -354,6 +354,8 @@ def test_packed_and_jagged_have_lengths_already():
     jagged = torch.nested.nested_tensor([x[:, 0], x[:3, 1]], layout=torch.jagged)
     with pytest.raises(RuntimeError, match="a jagged input has lengths of its own"):
         fusedrnn.GRU(4, 6)(jagged, lengths=torch.tensor([5, 3]))
+    with pytest.raises(TypeError, match="resets must be a Tensor, not list"):
+        fusedrnn.GRU(4, 6)(jagged, resets=[True])
 
 
 def test_no_sequences(along_engine):

@@ -313,6 +313,30 @@ def test_compile(kind):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("given", ON_OFF)
+def test_compile_packed(given):
+    """The number of rows, which shapes masks, is a value that torch.compile does not know."""
+    module, hx = module_of("GRU", 2, **ALL), values(2, 3, 6) if given else None
+    packed = pack_padded_sequence(values(7, 3, 4), torch.tensor([7, 5, 2]))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    want, got = (flat(seeded(m, packed, hx)) for m in (module, compiled))
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(result[0].square().sum(), list(module.parameters())) for result in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_compile_by_budget(budget):
+    """The budget of when it was compiled decides."""
+    torch._dynamo.reset()
+    module, x = module_of("GRU", save="auto"), values(5, 3, 4)
+    with fusedrnn.save_budget(budget):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        got = torch.autograd.grad(compiled(x)[0].square().sum(), list(module.parameters()))
+    want = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
+    torch.testing.assert_close(got, want)
+
+
 def test_vmap():
     """As torch's dropout: told to differ, members draw lots of their own; told nothing, it is refused."""
     module, x = module_of("LSTM", recurrent_dropout=0.5, zoneout=0.5), values(3, 1, 1, 4).expand(3, 4, 1, 4)
@@ -375,6 +399,25 @@ def test_what_modules_say_of_it():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         fusedrnn.LSTM(4, 6, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variational_dropout": "a"}, "variational dropout must be a number, got 'a'"),
+        ({"weight_dropout": ()}, r"weight dropout must be a number, got \(\)"),
+        ({"zoneout": [0.1, 0.2]}, r"zoneout must be a number or a tuple, got \[0.1, 0.2\]"),
+    ],
+)
+def test_rates_that_are_no_numbers(options, message):
+    with pytest.raises(TypeError, match=message):
+        fusedrnn.LSTM(4, 6, **options)
+
+
+@pytest.mark.parametrize("budget", [-1, float("nan")])
+def test_impossible_budgets(budget):
+    with pytest.raises(ValueError, match="save_budget must be a number of bytes, at least 0"):
+        fusedrnn.save_budget(budget)
 
 
 def test_wrong_shapes_are_told_as_without_dropouts():

@@ -91,6 +91,17 @@ def test_windows_of_an_unbatched_input_and_of_torch(engine):
         torch.testing.assert_close(torch.cat([w.output for w in windows]), ours(x, hx, resets=resets)[0])
 
 
+def test_windows_of_a_wrapped_module():
+    """What a compiled module hides, such as its learned initial state, counts as if it were not wrapped."""
+    module = module_of("GRU", batch_first=True, learn_initial_state=True)
+    torch.nn.init.normal_(module.initial_h)
+    x, resets = values(B, T, I), torch.rand(B, T) < 0.4
+    compiled = torch.compile(module, backend="eager")
+    with torch.no_grad():
+        output = torch.cat([w.output for w in fusedrnn.tbptt(compiled, x, 4, resets=resets)], 1)
+    torch.testing.assert_close(output, module(x, resets=resets)[0])
+
+
 def test_gradient_of_the_initial_state():
     """It reaches a given state from the windows that begin with step 0, and from no other."""
     module, x, hx = module_of("GRU"), values(T, B, I), values(1, B, H).requires_grad_()
@@ -117,6 +128,31 @@ def test_weights_may_change_between_windows():
 def test_wrong_windows(k1, k2, message):
     with pytest.raises(ValueError, match=message):
         fusedrnn.tbptt(module_of("GRU"), values(T, B, I), k1, k2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_windows_with_lengths_of_few_bits(dtype):
+    """A window's first step is subtracted from them, which these cannot hold."""
+    module, x, lengths = module_of("GRU"), values(300, 2, I), torch.tensor([100, 3], dtype=dtype)
+    output = torch.cat([w.output for w in fusedrnn.tbptt(module, x, 50, lengths=lengths)])
+    torch.testing.assert_close(output, module(x, lengths=lengths)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lengths": torch.tensor([1, 12, 3])}, RuntimeError, "lengths must be from 0 to the 11 steps .* got 12"),
+        ({"lengths": torch.tensor([1, -2, 3])}, RuntimeError, "lengths must be from 0 to the 11 steps .* got -2"),
+        ({"lengths": [1, 2, 3]}, TypeError, "lengths must be a Tensor, not list"),
+        ({"resets": torch.zeros(13, 3, dtype=torch.bool)}, RuntimeError, r"Expected resets of shape \(11, 3\)"),
+        ({"reset_state": torch.zeros(1, 1, 6)}, RuntimeError, "reset_state is given without resets"),
+        ({"k2": 2.5}, TypeError, "'float' object cannot be interpreted as an integer"),
+    ],
+)
+def test_options_that_do_not_fit_the_whole_input(options, error, message):
+    """Cut to a window they would."""
+    with pytest.raises(error, match=message):
+        fusedrnn.tbptt(module_of("GRU"), values(11, 3, I), 2, **options)
 
 
 def test_what_windows_are_not_for():
@@ -169,3 +205,9 @@ def test_stream_errors():
         module_of("GRU", 2).stream(values(B, I), values(1, B, H))
     with pytest.raises(RuntimeError, match="input has inconsistent input_size"):
         module_of("GRU", 2).stream(values(B, I + 1))
+    for layers in (1, 3):
+        _, state = module_of("GRU", layers).stream(values(B, I))
+        with pytest.raises(RuntimeError, match=f"Expected a state of 2 layers, got one of {layers}"):
+            module_of("GRU", 2).stream(values(B, I), state)
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states, got 3"):
+        module_of("LSTM", 2).stream(values(B, I), (values(2, B, H),) * 3)

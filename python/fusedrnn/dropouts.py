@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Dropouts:
 
     Raises:
         ValueError: a probability outside [0, 1].
+        TypeError: one is no number, or of zoneout no tuple of numbers either.
     """
 
     variational: float = 0.0
@@ -36,10 +38,12 @@ class Dropouts:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            for p in value if isinstance(value, tuple) else (value,):
-                if not 0 <= p <= 1:
-                    name = field.name if field.name == "zoneout" else f"{field.name} dropout"
-                    raise ValueError(f"{name} must be in [0, 1], got {value}")
+            name = field.name if field.name == "zoneout" else f"{field.name} dropout"
+            rates = value if field.name == "zoneout" and isinstance(value, tuple) else (value,)
+            if not all(isinstance(p, Real) for p in rates):
+                raise TypeError(f"{name} must be a number{' or a tuple' * (field.name == 'zoneout')}, got {value!r}")
+            if not all(0 <= p <= 1 for p in rates):
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
 
     def zoneout_of(self, cell: Cell) -> tuple[float, ...]:
         """The rate of each of the cell's states, or nothing without zoneout.

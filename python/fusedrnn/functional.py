@@ -43,7 +43,8 @@ def _autocast_target(
     return torch.promote_types(state, low)
 
 
-def _check_states(cell: Cell, hx: Sequence[Tensor | None]) -> None:
+def check_states(cell: Cell, hx: Sequence[Tensor | None]) -> None:
+    """Raise if these are not as many states as the cell has."""
     if isinstance(hx, Tensor):
         raise TypeError(f"{cell.name}: hx must be a tuple of Tensors ({', '.join(cell.states)}), not Tensor")
     if len(hx) != len(cell.states):
@@ -97,7 +98,7 @@ def network(
             f"Expected {num_layers * directions * each} weights ({num_layers} layers, {directions} directions, "
             f"{each} each), got {len(weights)}"
         )
-    _check_states(cell, hx)
+    check_states(cell, hx)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     options: _Options = None
@@ -178,7 +179,9 @@ def _run(call: Call, options: _Options) -> Outputs:
         call.check()  # before masks are shaped after its tensors
     call.zoneout, call.recompute = dropouts.zoneout_of(call.cell), recomputes(save, call)
     if training:
-        call.h_mask = dropouts.of_h(call.input, (call.directions, call.batch, call.output_size))
+        # Of a packed batch, torch.compile knows the number of rows by the states alone.
+        rows = call.batch if call.hx[0] is None else call.hx[0].shape[1]
+        call.h_mask = dropouts.of_h(call.input, (call.directions, rows, call.output_size))
         call.weights = dropouts.of_weights(call.weights, WEIGHTS_PER_DIRECTION)
         call.input = dropouts.of_input(call.input, call.batch_sizes)
         if call.zoneout:
@@ -255,7 +258,7 @@ def sequence(
         RuntimeError: as ``network``, or a state's number of dimensions does not fit the input's, or options along time
             do not fit it.
     """
-    _check_states(cell, hx)
+    check_states(cell, hx)
     if input.is_nested:
         return _jagged(
             cell, input, hx, weights, lengths, resets, reset_state=reset_state, return_states=return_states,
@@ -306,6 +309,8 @@ def _jagged(
         raise RuntimeError("a jagged input has lengths of its own: leave the argument out")
     padded, own = along_time.pad(input)
     if resets is not None:
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"resets must be a Tensor, not {type(resets).__name__}")
         if not resets.is_nested:
             raise RuntimeError("resets of a jagged input must be jagged themselves, with the same offsets")
         resets, of_resets = along_time.pad(resets)
@@ -349,7 +354,7 @@ def cell_step(
         quick = express(cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION)
         if quick is not None:
             return quick
-    _check_states(cell, hx)
+    check_states(cell, hx)
     dims = input.dim()
     for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
         if tensor is not None and tensor.dim() not in (1, 2):

@@ -196,7 +196,8 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             resets: bool (B,) or (): rows that start from the learned initial state or zeros, not from ``state``.
 
         Returns:
-            the output (B, R) or (R), and the state for the next step.
+            the output (B, R) or (R), and the state for the next step. As of a cell, the output is the state's own h of
+            the last layer: do not change it in place.
 
         Raises:
             RuntimeError: the module is bidirectional; else as the cells.
@@ -210,6 +211,8 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         zoneout = _dropouts(self).zoneout_of(cell) if "dropouts" in self.__dict__ else ()
         if not isinstance(state, StreamState):
             state = self._stream_state(cell, input, state, learned)
+        elif len(state.layers) != self.num_layers:
+            raise RuntimeError(f"Expected a state of {self.num_layers} layers, got one of {len(state.layers)}")
         layers = []
         for layer, of_layer in enumerate(state.layers):
             weights: list[Tensor | None] = [*_current(self, self._all_weights[layer])]
@@ -225,6 +228,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
 
     def _stream_state(self, cell: Cell, input: Tensor, hx: Any, learned: tuple[Tensor, ...] | None) -> StreamState:
         states = _states(cell, hx)
+        functional.check_states(cell, states)
         if hx is None and learned is not None:
             states = [s[:, 0] if input.dim() == 1 else s.expand(-1, len(input), -1) for s in learned]
         for name, s in zip(cell.states, states, strict=True):

@@ -189,7 +189,7 @@ def _layer_fake(*arguments: Any) -> list[Tensor]:
     call = _call(*arguments)
     batch: Any = call.input.shape[1] if call.batch_sizes is None and call.input.dim() == 3 else None
     if call.batch_sizes is not None:
-        h = call.hx[0]
+        h = call.h_mask if call.hx[0] is None else call.hx[0]
         batch = torch.library.get_ctx().new_dynamic_size() if h is None else h.shape[1]
     call.check(batch)
     output = [call.input.new_empty((*call.input.shape[:-1], call.directions * call.output_size))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 # As torch._C._AutoDispatchBelowAutograd excludes them.
@@ -166,6 +168,15 @@ def refuse_onnx() -> None:
     """Raise RuntimeError if torch.onnx.export is at work. Only a program that exports has imported torch.onnx."""
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise RuntimeError(NO_OPERATORS_THERE.format("torch.onnx.export"))
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Mark a function whose result torch.compile takes as it is while it compiles, without reading the function.
+
+    ``torch.compiler.assume_constant_result`` does only this, but imports Dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

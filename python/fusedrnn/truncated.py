@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
+from .along import checked
 from .nn import learned_state
 
 
@@ -40,7 +43,7 @@ def tbptt(
     """Truncated backpropagation through time: every k1 steps, gradients of their outputs through the last k2 steps.
 
     This is BPTT(h; h') of Williams and Peng (1990) with h = k2 and h' = k1, and TBPTT(k1, k2) of Sutskever (2013).
-    Each window's loss may be differentiated, and the weights changed, before the next window is asked for::
+    Each window's loss may be differentiated, once, and the weights changed, before the next window is asked for::
 
         for window in fusedrnn.tbptt(rnn, x, 32, 64):
             loss = criterion(head(window.output), target[window.steps])
@@ -51,11 +54,12 @@ def tbptt(
     The state is carried from window to window and detached: before a window's first step it is the one that an earlier
     window computed. Where k2 > k1 the steps before the new ones are run again, with the weights as they are then, so a
     window costs k2 steps. Memory is that of k2 steps, however long the input is. Masks of dropout are drawn anew for
-    each window.
+    each call of the module: where k2 > k1 a window has two, of which the second begins where the next window does.
 
     Args:
-        module: called as ``module(input, hx) -> (output, hx)``, such as those of fusedrnn and torch.nn; in one
-            direction.
+        module: called as ``module(input, hx) -> (output, hx)``, such as those of fusedrnn and torch.nn, compiled or in
+            DistributedDataParallel too; in one direction. A module of your own around them that takes (B, T, I) needs
+            the attribute ``batch_first`` as well.
         input: (T, B, I), (B, T, I) if ``module.batch_first``, or unbatched (T, I).
         k1: new steps of a window; the last window may have fewer.
         k2: steps that gradients go back, at least k1; None for k1.
@@ -67,18 +71,22 @@ def tbptt(
 
     Raises:
         ValueError: k1 or k2 out of range, or the module is bidirectional.
-        TypeError: the input is packed or nested.
+        TypeError: the input is packed or nested, k1 or k2 is no integer, or lengths or resets are not tensors.
+        RuntimeError: lengths, resets or reset_state do not fit the whole input.
     """
-    k2 = k1 if k2 is None else k2
+    k1 = operator.index(k1)
+    k2 = k1 if k2 is None else operator.index(k2)
     if k1 < 1:
         raise ValueError(f"k1 must be at least 1, got {k1}")
     if k2 < k1:
         raise ValueError(f"k2 must be at least k1 = {k1}, or the loss of some steps would reach no weights; got {k2}")
-    if getattr(module, "bidirectional", False):
+    if getattr(_inside(module), "bidirectional", False):
         raise ValueError("tbptt is for one direction: the reverse one begins at the sequence's end")
     if isinstance(input, PackedSequence) or input.is_nested:
         raise TypeError("tbptt takes a padded batch: give lengths instead of a packed or nested one")
-    return _Windows(module, input, lengths, resets, reset_state).run(k1, k2, hx)
+    windows = _Windows(module, input, lengths, resets, reset_state)
+    windows.check()
+    return windows.run(k1, k2, hx)
 
 
 class _Windows:
@@ -92,7 +100,18 @@ class _Windows:
     ) -> None:
         self.module, self.input, self.lengths, self.resets = module, input, lengths, resets
         self.reset_state = reset_state
-        self.dim = 1 if getattr(module, "batch_first", False) and input.dim() == 3 else 0
+        self.dim = 1 if getattr(_inside(module), "batch_first", False) and input.dim() == 3 else 0
+
+    def check(self) -> None:
+        """Raise for options that do not fit the whole input: the module sees them cut to a window, where they may."""
+        fresh = self.reset_state
+        if self.lengths is None and self.resets is None and fresh is None:
+            return
+        layout = "T" if self.input.dim() == 2 else "BT" if self.dim else "TB"
+        states = fresh if fresh is None or isinstance(fresh, tuple | list) else (fresh,)
+        checked(self.input, layout, self.lengths, self.resets, states, return_states=False, hx_given=False)
+        if self.lengths is not None:
+            self.lengths = self.lengths.to(torch.int64)  # of which a window's first step may be subtracted
 
     def run(self, k1: int, k2: int, hx: Any) -> Iterator[Window]:
         steps = self.input.shape[self.dim]
@@ -137,7 +156,7 @@ class _Windows:
             begins = begins & (self.lengths.to(begins.device) > step)
         fresh = self.reset_state
         if fresh is None:
-            fresh = learned_state(self.module)
+            fresh = learned_state(_inside(self.module))
             if fresh is not None:
                 unbatched = self.input.dim() == 2
                 fresh = tuple(s[:, 0] if unbatched else s for s in fresh)
@@ -149,6 +168,14 @@ class _Windows:
             return torch.where(begins[..., None], torch.zeros_like(old) if new is None else new, old)
 
         return _each(state, replaced)
+
+
+def _inside(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside the wrappers of torch.compile and DistributedDataParallel, which hide its attributes."""
+    if isinstance(module, DistributedDataParallel):
+        return _inside(module.module)
+    compiled: torch.nn.Module | None = getattr(module, "_orig_mod", None)
+    return module if compiled is None else _inside(compiled)
 
 
 def _each(state: Any, change: Any) -> Any:
