@@ -378,6 +378,29 @@ class Network:
         return d_output, d_initial, d_weights
 
 
+def splitmix64(seed: int, n: Array) -> Array:
+    """The n-th numbers of SplitMix64 after Steele, Lea and Flood (2014), from 0 on."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) + (n.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def zoneout(
+    rates: Sequence[float], seed: int | None, sizes: tuple[int, int, int, int], widths: Sequence[int]
+) -> list[Array]:
+    """For each state (D, T, B, width) the share of the state before, drawn or expected, for ``sizes`` D, T, B, H."""
+    D, T, B, H = sizes
+    shares = []
+    for s, (rate, width) in enumerate(zip(rates, widths, strict=True)):
+        place = ((s * D + np.arange(D)[:, None, None]) * T + np.arange(T)[:, None]) * B + np.arange(B)
+        place = place[..., None] * H + np.arange(width)
+        drawn = None if seed is None else (splitmix64(seed, place) >> np.uint64(40)) < rate * 2**24
+        shares.append(np.full(place.shape, rate) if drawn is None else drawn.astype(float))
+    return shares
+
+
 def pack(padded: Array, lengths: Array) -> tuple[Array, Array]:
     """A padded batch whose lengths do not rise, as the data and batch sizes of a PackedSequence."""
     sizes = np.array([(lengths > t).sum() for t in range(lengths.max())])

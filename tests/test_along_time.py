@@ -211,6 +211,26 @@ def test_lengths_equal_a_packed_sequence(along_engine):
     torch.testing.assert_close(final, final_packed)
 
 
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("batch_first", ON_OFF)
+def test_lengths_without_gradients(along_engine, kind, batch_first):
+    """A way of its own, straight into the compiled engine; whatever is wrong is told as on the other."""
+    module = getattr(fusedrnn, kind)(4, 6, bidirectional=True, batch_first=batch_first)
+    x, hx = torch.randn(5, 7, 4), torch.randn(2, 5 if batch_first else 7, 6)
+    hx = (hx, hx.flip(0)) if kind == "LSTM" else hx
+    steps, rows = (7, 5) if batch_first else (5, 7)
+    lengths = torch.arange(rows) % (steps + 1)
+    for given in (None, hx):
+        want = module(x, given, lengths=lengths)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x, given, lengths=lengths), want)
+            torch.testing.assert_close(module(x, given, lengths=lengths.to(torch.int32)), want)
+    faults = [(lengths + steps, "from 0 to the"), (lengths[1:], "lengths of shape"), (0, "must be a Tensor")]
+    for wrong, message in faults:
+        with torch.no_grad(), pytest.raises((TypeError, RuntimeError), match=message):
+            module(x, lengths=wrong)
+
+
 def test_states_of_a_packed_sequence(along_engine):
     module, x = lstm(), values(7, 5, 4)
     _, _, states = module(x, lengths=LENGTHS, return_states=True)

@@ -55,6 +55,8 @@ OPTIONS = {
     "resets": ON_OFF,
     "hx": ON_OFF,
     "bias": ON_OFF,
+    "mask": ON_OFF,
+    "zoneout": ("none", "drawn", "mean"),
     "loss": ("both", "output", "final"),
     "schedule": ("in_order", "reversed", "random", "ahead"),
     "T": (1, 2, 5),
@@ -75,6 +77,8 @@ class Case:
     resets: bool = False
     hx: bool = True
     bias: bool = True
+    mask: bool = False  # of h
+    zoneout: str = "none"
     loss: str = "both"
     schedule: str = "in_order"
     T: int = 3
@@ -128,6 +132,10 @@ def run(case: Case) -> None:
     x = values(D, T, B, G * H)
     w_hh, b_hh = values(D, G * H, H, scale=H**-0.5), values(D, G * H) if case.bias else None
     hx = [values(D, B, H) if case.hx else None for _ in range(S)]
+    h_mask = torch.from_numpy(2.0 * rng.integers(0, 2, (D, B, H))).to(dtype) if case.mask else None
+    rates = () if case.zoneout == "none" else (0.25, 0.625)[:S]
+    lots = 2**62 + case.seed if case.zoneout == "drawn" else None
+    shares = oracle.zoneout(rates, lots, (D, T, B, H), [H] * S) if rates else None
     d_output = values(T, B, D * H)
     d_final = [values(D, B, H) for _ in range(S)]
     if case.loss == "output":
@@ -162,6 +170,9 @@ def run(case: Case) -> None:
         D,
         resets=torch.from_numpy(resets.astype(np.uint8)) if case.resets else None,
         lengths=torch.from_numpy(lengths) if case.tokens == "lengths" else None,
+        h_mask=h_mask,
+        zoneout=rates,
+        seed=None if lots is None else torch.tensor(lots),
     )
     native.schedule(getattr(native.Schedule, case.schedule), case.seed)
     output = x.new_empty((tokens.count, D * H))
@@ -209,6 +220,8 @@ def run(case: Case) -> None:
                     [to_numpy(h[d, b : b + 1]) if enters and case.hx else np.zeros((1, H)) for h in hx],
                     weights,
                     reverse=d == 1,
+                    mask=None if h_mask is None else to_numpy(h_mask[d, b : b + 1]),
+                    stays=None if shares is None else [share[d, piece, b : b + 1] for share in shares],
                 )
                 d_x, d_states, d_w = part.backward(
                     to_numpy(d_output[piece, b : b + 1, own]), [to_numpy(g[d, b : b + 1]) * leaves for g in d_final]

@@ -361,17 +361,17 @@ py::list forward(const std::string& cell, py::handle input, py::handle batch_siz
 
 // The usual call without gradients, straight from a module: None where anything is out of the ordinary.
 py::object express(const std::string& cell, py::handle input, py::handle states_given, const py::sequence& weights,
-                   bool bias, bool projected, Layout layout, int threads) {
+                   bool bias, bool projected, Layout layout, py::handle lengths, int threads) {
   // A tensor is a sequence too, of its rows.
   if (!PyTuple_Check(states_given.ptr()) && !PyList_Check(states_given.ptr())) return py::none();
   const auto hx = py::reinterpret_borrow<py::sequence>(states_given);
-  bool plain = is_plain(input);
+  bool plain = is_plain(input) && is_plain(lengths);
   for (const py::handle state : hx) plain = plain && is_plain(state) && state.is_none() == hx[0].is_none();
   for (const py::handle weight : weights) plain = plain && is_plain(weight);
   if (!plain) return py::none();
   try {
-    const Along dense{py::none(), py::none(), py::none(), py::tuple(), py::none(), py::tuple(), py::none()};
-    const Arguments a(cell, input, dense, hx, weights, Grouping(bias, projected), layout);
+    const Along along{py::none(), lengths, py::none(), py::tuple(), py::none(), py::tuple(), py::none()};
+    const Arguments a(cell, input, along, hx, weights, Grouping(bias, projected), layout);
     const bool one_step = layout == Layout::one_step;
     const int states = cell_facts[a.cell].states;
     const size_t first = one_step ? 0 : 1;
@@ -549,7 +549,7 @@ PYBIND11_MODULE(_cpu, m) {
       "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
       "ValueError if the call breaks the contract.");
   m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
-        py::arg("projected"), py::arg("layout"), py::arg("threads"),
+        py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
         "Runs a layer without gradients: (output, *final states), or (*states) of one step; None if anything about "
         "the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),

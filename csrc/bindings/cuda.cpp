@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "../cuda/launch.h"
 
 namespace py = pybind11;
@@ -24,15 +26,21 @@ void fill(Pointer (&to)[n], const Addresses& from, const char* name) {
 }
 
 Sequence sequence_of(const Sizes& sizes, int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths,
-                     std::uintptr_t resets) {
-  return {sizes.T,
-          sizes.B,
-          sizes.H,
-          tokens,
-          sizes.directions,
-          static_cast<const int64_t*>(pointer(starts)),
-          static_cast<const int64_t*>(pointer(lengths)),
-          static_cast<const uint8_t*>(pointer(resets))};
+                     std::uintptr_t resets, std::uintptr_t h_mask, const std::vector<double>& zoneout,
+                     std::uintptr_t seed) {
+  if (zoneout.size() > max_states) throw std::invalid_argument("too many rates of zoneout");
+  Sequence seq{};
+  seq.T = sizes.T, seq.B = sizes.B, seq.H = sizes.H, seq.tokens = tokens, seq.directions = sizes.directions;
+  seq.starts = static_cast<const int64_t*>(pointer(starts));
+  seq.lengths = static_cast<const int64_t*>(pointer(lengths));
+  seq.resets = static_cast<const uint8_t*>(pointer(resets));
+  seq.h_mask = pointer(h_mask);
+  for (size_t s = 0; s < zoneout.size(); ++s) {
+    seq.zoneout[s] = zoneout[s];
+    seq.stays_below[s] = static_cast<uint32_t>(std::ceil(zoneout[s] * 0x1p24));
+  }
+  seq.seed = static_cast<const uint64_t*>(pointer(seed));
+  return seq;
 }
 
 CellKind cell_kind(const std::string& name) {
@@ -100,39 +108,42 @@ void register_cuda(py::module_& m) {
   m.def(
       "forward",
       [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
-         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t gates_x,
-         const Addresses& w_hh, int64_t w_stride, const Addresses& b_hh, const Addresses& initial,
-         std::uintptr_t output, int64_t output_step, int64_t output_row, const Addresses& final, std::uintptr_t kept,
-         std::uintptr_t cells) {
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t h_mask,
+         const std::vector<double>& zoneout, std::uintptr_t seed, std::uintptr_t gates_x, const Addresses& w_hh,
+         int64_t w_stride, const Addresses& b_hh, const Addresses& initial, std::uintptr_t output, int64_t output_step,
+         int64_t output_row, const Addresses& final, std::uintptr_t kept, std::uintptr_t cells,
+         std::uintptr_t computed) {
         Forward f{};
-        static_cast<Sequence&>(f) = sequence_of(sizes, tokens, starts, lengths, resets);
+        static_cast<Sequence&>(f) = sequence_of(sizes, tokens, starts, lengths, resets, h_mask, zoneout, seed);
         f.gates_x = pointer(gates_x);
         fill(f.w_hh, w_hh, "w_hh"), f.w_stride = w_stride;
         fill(f.b_hh, b_hh, "b_hh");
         fill(f.initial, initial, "initial");
         f.output = pointer(output), f.output_step = output_step, f.output_row = output_row;
         fill(f.final, final, "final");
-        f.kept = pointer(kept), f.cells = pointer(cells);
+        f.kept = pointer(kept), f.cells = pointer(cells), f.computed = pointer(computed);
         cuda::forward(f, sizes, plan, pointer(scratch), device, pointer(stream));
       },
       py::kw_only(), py::arg("sizes"), py::arg("plan"), py::arg("device"), py::arg("stream"), py::arg("scratch"),
-      py::arg("tokens"), py::arg("starts"), py::arg("lengths"), py::arg("resets"), py::arg("gates_x"), py::arg("w_hh"),
-      py::arg("w_stride"), py::arg("b_hh"), py::arg("initial"), py::arg("output"), py::arg("output_step"),
-      py::arg("output_row"), py::arg("final"), py::arg("kept"), py::arg("cells"));
+      py::arg("tokens"), py::arg("starts"), py::arg("lengths"), py::arg("resets"), py::arg("h_mask"),
+      py::arg("zoneout"), py::arg("seed"), py::arg("gates_x"), py::arg("w_hh"), py::arg("w_stride"), py::arg("b_hh"),
+      py::arg("initial"), py::arg("output"), py::arg("output_step"), py::arg("output_row"), py::arg("final"),
+      py::arg("kept"), py::arg("cells"), py::arg("computed"));
 
   m.def(
       "backward",
       [](const Sizes& sizes, const Plan& plan, int device, std::uintptr_t stream, std::uintptr_t scratch,
-         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, const Addresses& w_hh_t,
-         int64_t w_stride, const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row,
-         std::uintptr_t kept, std::uintptr_t cells, std::uintptr_t d_output, int64_t d_output_step,
+         int64_t tokens, std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t resets, std::uintptr_t h_mask,
+         const std::vector<double>& zoneout, std::uintptr_t seed, const Addresses& w_hh_t, int64_t w_stride,
+         const Addresses& initial, std::uintptr_t output, int64_t output_step, int64_t output_row, std::uintptr_t kept,
+         std::uintptr_t cells, std::uintptr_t computed, std::uintptr_t d_output, int64_t d_output_step,
          int64_t d_output_row, const Addresses& d_final, std::uintptr_t d_slots, const Addresses& d_initial) {
         Backward b{};
-        static_cast<Sequence&>(b) = sequence_of(sizes, tokens, starts, lengths, resets);
+        static_cast<Sequence&>(b) = sequence_of(sizes, tokens, starts, lengths, resets, h_mask, zoneout, seed);
         fill(b.w_hh_t, w_hh_t, "w_hh_t"), b.w_stride = w_stride;
         fill(b.initial, initial, "initial");
         b.output = pointer(output), b.output_step = output_step, b.output_row = output_row;
-        b.kept = pointer(kept), b.cells = pointer(cells);
+        b.kept = pointer(kept), b.cells = pointer(cells), b.computed = pointer(computed);
         b.d_output = pointer(d_output), b.d_output_step = d_output_step, b.d_output_row = d_output_row;
         fill(b.d_final, d_final, "d_final");
         b.d_slots = pointer(d_slots);
@@ -140,10 +151,11 @@ void register_cuda(py::module_& m) {
         cuda::backward(b, sizes, plan, pointer(scratch), device, pointer(stream));
       },
       py::kw_only(), py::arg("sizes"), py::arg("plan"), py::arg("device"), py::arg("stream"), py::arg("scratch"),
-      py::arg("tokens"), py::arg("starts"), py::arg("lengths"), py::arg("resets"), py::arg("w_hh_t"),
-      py::arg("w_stride"), py::arg("initial"), py::arg("output"), py::arg("output_step"), py::arg("output_row"),
-      py::arg("kept"), py::arg("cells"), py::arg("d_output"), py::arg("d_output_step"), py::arg("d_output_row"),
-      py::arg("d_final"), py::arg("d_slots"), py::arg("d_initial"));
+      py::arg("tokens"), py::arg("starts"), py::arg("lengths"), py::arg("resets"), py::arg("h_mask"),
+      py::arg("zoneout"), py::arg("seed"), py::arg("w_hh_t"), py::arg("w_stride"), py::arg("initial"),
+      py::arg("output"), py::arg("output_step"), py::arg("output_row"), py::arg("kept"), py::arg("cells"),
+      py::arg("computed"), py::arg("d_output"), py::arg("d_output_step"), py::arg("d_output_row"), py::arg("d_final"),
+      py::arg("d_slots"), py::arg("d_initial"));
 
   m.def("cell_facts", [](const std::string& name) {
     const CellFacts& facts = cuda::cell_facts[static_cast<int>(cell_kind(name))];

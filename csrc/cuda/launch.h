@@ -67,13 +67,20 @@ struct Plan {
   std::string why;           // one line for explain()
 };
 
-// Which tokens exist, and where rows restart.
+// Which tokens exist, where rows restart, and what is dropped of the states on their way from step to step.
+//
+// Zoneout is that of csrc/cpu/layer.h and draws the same lots. A lot, 24 bits, is below rate * 2^24 if it is below the
+// next integer, and so the kernels compare integers.
 struct Sequence {
   int64_t T, B, H, tokens;
   int directions;
   const int64_t* starts;   // packed: (T + 1), tokens before step t, active sequences first; dense: null
   const int64_t* lengths;  // dense: (B), or null where every sequence has T steps. Behind them the output is zero
   const uint8_t* resets;   // (T, B), or null: nothing passes from step t - 1 to step t, nor back, where it is not zero
+  const void* h_mask;      // Value (D, B, H): factors of h on its way into the products; or null for ones
+  double zoneout[max_states];        // the rate of each state, or zeros
+  uint32_t stays_below[max_states];  // 2^24 times the rate, rounded up
+  const uint64_t* seed;              // of the lots, in device memory; or null for their expectation
 };
 
 struct Forward : Sequence {
@@ -87,6 +94,7 @@ struct Forward : Sequence {
   void* final[max_states];           // Value (D, B, H)
   void* kept;                        // Value (D, tokens, kept, H) for backward, or null
   void* cells;                       // Real (D, tokens, H): the second state for backward, or null
+  void* computed;                    // Real (D, tokens, states, H): of zoneout what the cell computed, or null
 };
 
 struct Backward : Sequence {
@@ -97,6 +105,7 @@ struct Backward : Sequence {
   int64_t output_step, output_row;
   const void* kept;
   const void* cells;
+  const void* computed;  // null without zoneout
   const void* d_output;  // Value, laid out by strides of its own, or null for zeros
   int64_t d_output_step, d_output_row;
   const void* d_final[max_states];  // Value (D, B, H), or null for zeros

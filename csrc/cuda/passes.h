@@ -32,6 +32,18 @@ struct Clock {
     return seq.resets && active(t, b) && load(gptr<const uint8_t>(seq.resets, seq.T * seq.B), t * seq.B + b);
   }
 
+  // How much of state s of a unit stays at step t what it was before, from 0 to 1: the lots of csrc/cpu/layer.h.
+  template <class Real>
+  FUSEDRNN_DEVICE Real stays(int s, int direction, int64_t t, int64_t b, int64_t unit) const {
+    const gptr<const uint64_t> seed(seq.seed, 1);
+    if (!seed) return static_cast<Real>(seq.zoneout[s]);
+    const int64_t place = (((s * seq.directions + direction) * seq.T + t) * seq.B + b) * seq.H + unit;
+    uint64_t x = load(seed, 0) + (static_cast<uint64_t>(place) + 1) * 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return static_cast<uint32_t>((x ^ x >> 31) >> 40) < seq.stays_below[s] ? Real(1) : Real(0);
+  }
+
   FUSEDRNN_DEVICE int64_t token(int64_t t, int64_t b) const { return (seq.starts ? start(t) : t * seq.B) + b; }
 
   // Whether there is a place in memory for step t of sequence b, though it may be behind the sequence's end.
@@ -87,7 +99,7 @@ class ForwardPass {
     const bool cut = !clock_.falling && clock_.cut(0, b);
     FUSEDRNN_UNROLL
     for (int s = 0; s < states; ++s) state[s] = cut ? Real(0) : initial(s, unit, b);
-    ring[0] = A::operand(state[0]);
+    ring[0] = entering(state[0], unit, b);
   }
 
   FUSEDRNN_DEVICE Fetched fetch(int64_t step, int64_t unit, int64_t b) const {
@@ -118,6 +130,17 @@ class ForwardPass {
         FUSEDRNN_UNROLL
         for (int k = 0; k < Cell::kept; ++k) store(kept, (token * Cell::kept + k) * H + unit, convert<Value>(keep[k]));
       }
+      const gptr<Real> computed(static_cast<Real*>(a_.computed), tokens * states * H);
+      FUSEDRNN_UNROLL
+      for (int s = 0; s < states; ++s) {
+        if (computed) store(computed, (token * states + s) * H + unit, next[s]);
+        if (!a_.stays_below[s]) continue;
+        const Real share = clock_.template stays<Real>(s, d_, t, b, unit);
+        if (share == Real(1))  // whatever the cell has computed, be it NaN
+          next[s] = state[s];
+        else if (share > Real(0))
+          next[s] = share * state[s] + (Real(1) - share) * next[s];
+      }
       const gptr<Real> cells(static_cast<Real*>(a_.cells), tokens * H);
       if (states > 1 && cells) store(cells, token * H + unit, next[states - 1]);
       FUSEDRNN_UNROLL
@@ -139,10 +162,16 @@ class ForwardPass {
       FUSEDRNN_UNROLL
       for (int s = 0; s < states; ++s) state[s] = Real(0);
     }
-    ring[0] = A::operand(state[0]);
+    ring[0] = entering(state[0], unit, b);
   }
 
  private:
+  // What the products see of h.
+  FUSEDRNN_DEVICE Value entering(Real h, int64_t unit, int64_t b) const {
+    const gptr<const Value> mask(static_cast<const Value*>(a_.h_mask), a_.directions * a_.B * a_.H);
+    return A::operand(mask ? h * convert<Real>(load(mask, (d_ * a_.B + b) * a_.H + unit)) : h);
+  }
+
   FUSEDRNN_DEVICE Real initial(int s, int64_t unit, int64_t b) const {
     const gptr<const Value> given(static_cast<const Value*>(a_.initial[s]), a_.directions * a_.B * a_.H);
     return given ? convert<Real>(load(given, (d_ * a_.B + b) * a_.H + unit)) : Real(0);
@@ -207,7 +236,7 @@ class BackwardPass {
     const bool first = !clock_.active(before, b);
     FUSEDRNN_UNROLL
     for (int s = 0; s < states; ++s) {
-      f.next[s] = state_at(s, t, unit, b);
+      f.next[s] = computed(s, t, unit, b);
       f.prev[s] = f.cut ? Real(0) : first ? of_state(a_.initial[s], unit, b) : state_at(s, before, unit, b);
     }
     const gptr<const Value> d_output(static_cast<const Value*>(a_.d_output),
@@ -221,7 +250,8 @@ class BackwardPass {
   FUSEDRNN_DEVICE void finish(int64_t step, int64_t unit, int64_t b, const Fetched& f, const Real (&sums)[rows],
                               Real (&state)[states], Value (&ring)[rings]) const {
     const int64_t H = a_.H;
-    if (step > 0) state[0] += sums[0];  // before the first step there is no product, not even of zero and infinity
+    // Before the first step there is no product, not even of zero and infinity.
+    if (step > 0) state[0] += a_.h_mask ? sums[0] * of_state(a_.h_mask, unit, b) : sums[0];
     if (step == a_.T) {
       FUSEDRNN_UNROLL
       for (int s = 0; s < states; ++s)
@@ -229,6 +259,7 @@ class BackwardPass {
               convert<Value>(state[s]));
       return;
     }
+    const int64_t t = clock_.time(step);
     Real d[Cell::slots];
     FUSEDRNN_UNROLL
     for (int k = 0; k < Cell::slots; ++k) d[k] = Real(0);
@@ -238,12 +269,20 @@ class BackwardPass {
       FUSEDRNN_UNROLL
       for (int k = 0; k < Cell::kept; ++k) keep[k] = convert<Real>(f.keep[k]);
       state[0] += f.d_output;
+      Real past[states];  // what zoneout lets pass by the cell
+      FUSEDRNN_UNROLL
+      for (int s = 0; s < states; ++s) {
+        past[s] = Real(0);
+        if (!a_.stays_below[s]) continue;
+        const Real share = clock_.template stays<Real>(s, d_, t, b, unit);
+        past[s] = share * state[s];
+        state[s] = (Real(1) - share) * state[s];
+      }
       Cell::template backward<Math<Real>>(keep, f.prev, f.next, state, d_prev, d);
       passes = !f.cut;
       FUSEDRNN_UNROLL
-      for (int s = 0; s < states; ++s) state[s] = passes ? d_prev[s] : Real(0);
+      for (int s = 0; s < states; ++s) state[s] = passes ? d_prev[s] + past[s] : Real(0);
     }
-    const int64_t t = clock_.time(step);
     if (clock_.has_token(t, b)) {
       const gptr<Value> d_slots(static_cast<Value*>(a_.d_slots), a_.directions * a_.tokens * Cell::slots * H);
       const int64_t first = (d_ * a_.tokens + clock_.token(t, b)) * Cell::slots * H + unit;
@@ -259,6 +298,14 @@ class BackwardPass {
   FUSEDRNN_DEVICE Real of_state(const void* data, int64_t unit, int64_t b) const {
     const gptr<const Value> given(static_cast<const Value*>(data), a_.directions * a_.B * a_.H);
     return given ? convert<Real>(load(given, (d_ * a_.B + b) * a_.H + unit)) : Real(0);
+  }
+
+  // As the cell computed it.
+  FUSEDRNN_DEVICE Real computed(int s, int64_t t, int64_t unit, int64_t b) const {
+    const gptr<const Real> before_zoneout(static_cast<const Real*>(a_.computed),
+                                          a_.directions * a_.tokens * states * a_.H);
+    if (!before_zoneout) return state_at(s, t, unit, b);
+    return load(before_zoneout, ((d_ * a_.tokens + clock_.token(t, b)) * states + s) * a_.H + unit);
   }
 
   // As forward left it: h in the output, another state on its own.

@@ -34,6 +34,7 @@ def express(
     bias: bool,
     projected: bool,
     layout: Layout,
+    lengths: Tensor | None,
     threads: int,
 ) -> tuple[Tensor, ...] | None: ...
 def backward(

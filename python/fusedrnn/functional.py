@@ -131,6 +131,7 @@ def express(
     layout: str,
     bias: bool = True,
     projected: bool = False,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:
     """A one-layer call without gradients, modes or special wishes, straight into the compiled engine.
 
@@ -145,7 +146,7 @@ def express(
         or not is_cpu_engine_likely()
     ):
         return None
-    return cpu.express(cell.name, input, hx, weights, bias, projected, layout)
+    return cpu.express(cell.name, input, hx, weights, bias, projected, layout, lengths)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

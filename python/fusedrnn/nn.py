@@ -148,12 +148,12 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
         weights = _current(self, self._flat_weights_names)
         learned = learned_state(self) if "learn_initial_state" in own else None
         options: dict[str, Any] = {}
-        if lengths is not None or resets is not None or reset_state is not None or return_states:
+        if resets is not None or reset_state is not None or return_states:
             given: Any = None if reset_state is None else _states(cell, reset_state)
             if given is None and learned and resets is not None:
                 unbatched = not isinstance(input, PackedSequence) and input.dim() == 2
                 given = tuple(s[:, 0] for s in learned) if unbatched else learned
-            options = {"lengths": lengths, "resets": resets, "reset_state": given, "return_states": return_states}
+            options = {"resets": resets, "reset_state": given, "return_states": return_states}
             options["hx_given"] = hx is not None
         if learned and hx is None:
             hx = _for_batch(learned, input, self.batch_first)
@@ -164,9 +164,11 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             options["save"] = self.save
         if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"
-            quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0)
+            quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0, lengths)
             if quick is not None:
                 return quick[0], quick[1] if len(quick) == 2 else quick[1:]
+        if lengths is not None:
+            options["lengths"] = lengths
         if isinstance(input, PackedSequence):
             return _forward_packed(self, cell, input, hx, weights, options)
         # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.

@@ -13,7 +13,7 @@ Loops over single elements are written out: compiled they are as fast as slices,
 faster.
 
 Arrays are C-contiguous, so that one compiled kernel serves every call of a dtype. One that a call has no use for
-(the output when nobody wants it, a projection) is given without rows.
+(the output when nobody wants it, a projection, a mask) is given without rows.
 """
 
 from __future__ import annotations
@@ -222,15 +222,61 @@ def is_reset(sizes: Array, starts: Array, resets: Array, t: int, b: int) -> bool
     return resets.size > 0 and t < len(sizes) and b < sizes[t] and resets[starts[t] + b]
 
 
+# Zoneout, see ``fusedrnn.dropouts.stays``: the same numbers, and the same place for each unit's lot.
+
+_STEP, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@_part_of_kernel
+def stays(rate: float, seed: Array, place: int) -> float:
+    """How much of the state before stays, from 0 to 1; ``seed`` (1), uint64, or empty if it is the expectation."""
+    if seed.size == 0:
+        return rate
+    x = seed[0] + (np.uint64(place) + np.uint64(1)) * _STEP
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return 1.0 if np.int64((x ^ (x >> np.uint64(31))) >> np.uint64(40)) < rate * 2.0**24 else 0.0
+
+
+@_part_of_kernel
+def zone_out(rate: float, seed: Array, place: int, before: Array, after: Array) -> None:
+    """Give some units of a state that the cell has computed the value that they had; theirs are the lots of ``place``
+    and what follows.
+    """
+    for j in range(after.size):
+        share = stays(rate, seed, place + j)
+        if share == 1.0:  # whatever the cell has computed, be it NaN
+            after[j] = before[j]
+        elif share > 0.0:
+            after[j] = share * before[j] + (1.0 - share) * after[j]
+
+
+@_part_of_kernel
+def divide_gradient(rate: float, seed: Array, place: int, gradient: Array, past: Array) -> None:
+    """Of the gradient of a state after zoneout, what goes past the cell; the rest is that of what it computed."""
+    for j in range(gradient.size):
+        share = stays(rate, seed, place + j)
+        past[j] = share * gradient[j]
+        gradient[j] = (1.0 - share) * gradient[j]
+
+
 @_kernel
 def one_step_earlier(
-    direction: int, sizes: Array, starts: Array, resets: Array, values: Array, initial: Array, fresh: Array
+    direction: int,
+    sizes: Array,
+    starts: Array,
+    resets: Array,
+    values: Array,
+    initial: Array,
+    fresh: Array,
+    mask: Array,
 ) -> Array:
     """For each token what ``values`` (tokens, width) hold one step earlier in the direction's order.
 
     Forward, every row active now was active at the step before. In reverse, where the step before is t + 1, rows
     join as their sequences' last steps come. A row that was not active comes from ``initial`` (B, width), and one that
-    ``resets`` (tokens, or none) cuts off from the step before from ``fresh`` (B, width).
+    ``resets`` (tokens, or none) cuts off from the step before from ``fresh`` (B, width). All are multiplied with
+    ``mask`` (B, width, or no rows).
     """
     earlier = np.empty_like(values)
     for t in range(len(sizes)):
@@ -247,6 +293,8 @@ def one_step_earlier(
                     earlier[first + b, j] = fresh[b, j]
                 else:
                     earlier[first + b, j] = values[past + b, j] if b < active else initial[b, j]
+                if mask.shape[0] > 0:
+                    earlier[first + b, j] *= mask[b, j]
     return earlier
 
 
@@ -267,19 +315,27 @@ def _time_loops(
         w_hh: Array,  # (R, G*H), transposed for add_product
         b_hh: Array,  # (G*H)
         w_hr: Array,  # (H, R), transposed, or no rows
+        mask: Array,  # (B, R), factors of h on its way into the products with w_hh, or no rows
+        rates: Array,  # of zoneout of each state, or empty
+        seed: Array,  # (1) of its lots, or empty
+        order: Array,  # (B), where each row's lots lie
         h: Array,  # (B, R), the initial state, to be made the final one
         c: Array,  # (B, H) likewise, or (B, 0)
         output: Array,  # (tokens, D, R), to be filled, or no rows
         every_c: Array,  # (tokens, D, H), to be filled, or no rows
         kept: Array,  # (tokens, K, H), to be filled; without save one row to write over
+        zoned_h: Array,  # (tokens, R), h after zoneout, to be filled, or no rows
+        zoned_c: Array,  # (tokens, H) likewise, or (tokens, 0)
         save: bool,
     ) -> None:
-        T, (B, R), (_, G, H) = len(sizes), h.shape, x.shape
-        projected = w_hr.shape[0] > 0
+        T, (B, R), (_, G, H), D = len(sizes), h.shape, x.shape, output.shape[1]
+        projected, masked, zoned_out = w_hr.shape[0] > 0, mask.shape[0] > 0, rates.size > 0
         # The cell works on h in place. A projection stands between: the cell's result is then not yet h.
         unprojected = np.empty((B, H), h.dtype) if projected else h
         s = np.empty((B, G * H), h.dtype)
         s_of_gate = s.reshape((B, G, H))
+        entering = np.empty((B, R), h.dtype) if masked else h
+        h_before, c_before = np.empty_like(h), np.empty_like(c)  # for zoneout
         for step in range(T):
             t = T - 1 - step if direction == 1 else step
             rows, first = sizes[t], starts[t]
@@ -292,7 +348,15 @@ def _time_loops(
                         c[b, j] = fresh_c[b, j]
                 for k in range(G * H):
                     s[b, k] = b_hh[k]
-            add_product(h[:rows], w_hh, s[:rows])
+                if masked:
+                    for r in range(R):
+                        entering[b, r] = h[b, r] * mask[b, r]
+                if zoned_out:
+                    for r in range(R):
+                        h_before[b, r] = h[b, r]
+                    for j in range(c.shape[1]):
+                        c_before[b, j] = c[b, j]
+            add_product(entering[:rows], w_hh, s[:rows])
             for b in range(rows):
                 token = first + b
                 x_row, s_row, h_row, c_row = x[token], s_of_gate[b], unprojected[b], c[b]
@@ -303,6 +367,18 @@ def _time_loops(
                     for r in range(R):
                         h[b, r] = 0.0
                 add_product(unprojected[:rows], w_hr, h[:rows])
+            if zoned_out:
+                for b in range(rows):
+                    place = ((direction * T + t) * B + order[b]) * H
+                    zone_out(rates[0], seed, place, h_before[b], h[b])
+                    if rates.size > 1:
+                        zone_out(rates[1], seed, place + D * T * B * H, c_before[b], c[b])
+            if zoned_h.shape[0] > 0:
+                for b in range(rows):
+                    for r in range(R):
+                        zoned_h[first + b, r] = h[b, r]
+                    for j in range(c.shape[1]):
+                        zoned_c[first + b, j] = c[b, j]
             # Rows that are not active keep their state: the final one forward, the initial one in reverse.
             if output.shape[0] > 0:
                 for b in range(rows):
@@ -322,9 +398,13 @@ def _time_loops(
         dfresh_h: Array,  # (B, R), to which the gradient of the state of the resets is added
         dfresh_c: Array,  # (B, H) likewise, or (B, 0)
         kept: Array,  # (tokens, K, H) from forward
-        before: Array,  # (tokens, H), the last of kept one step earlier
+        before: Array,  # (tokens, H), the state that the cell read one step earlier
         w_hh: Array,  # (G*H, R)
         w_hr: Array,  # (R, H) or no rows
+        mask: Array,  # as in forward
+        rates: Array,
+        seed: Array,
+        order: Array,
         doutput: Array,  # (tokens, D, R) or no rows
         devery_c: Array,  # (tokens, D, H) or no rows
         dh: Array,  # (B, R), the gradient of the final state, to be made the initial one's
@@ -333,9 +413,11 @@ def _time_loops(
         ds: Array,  # (tokens, G, H), to be filled with the gradients of s; may be dx
         dh_projected: Array,  # (tokens, R), to be filled with the gradients of the projection's result, or no rows
     ) -> None:
-        T, (B, R), (tokens, G, H) = len(sizes), dh.shape, ds.shape
-        projected = w_hr.shape[0] > 0
+        T, (B, R), (tokens, G, H), D = len(sizes), dh.shape, ds.shape, doutput.shape[1]
+        projected, masked, zoned_out = w_hr.shape[0] > 0, mask.shape[0] > 0, rates.size > 0
         dh_unprojected = np.empty((B, H), dh.dtype) if projected else dh
+        dh_past, dc_past = np.empty_like(dh), np.empty_like(dc)  # what zoneout lets pass by the cell
+        product = np.empty((B, R), dh.dtype) if masked else dh
         ds_of_row = ds.reshape((tokens, G * H))
         for step in range(T):
             t = step if direction == 1 else T - 1 - step
@@ -348,6 +430,12 @@ def _time_loops(
                 for b in range(rows):
                     for j in range(H):
                         dc[b, j] += devery_c[first + b, direction, j]
+            if zoned_out:
+                for b in range(rows):
+                    place = ((direction * T + t) * B + order[b]) * H
+                    divide_gradient(rates[0], seed, place, dh[b], dh_past[b])
+                    if rates.size > 1:
+                        divide_gradient(rates[1], seed, place + D * T * B * H, dc[b], dc_past[b])
             if projected:
                 for b in range(rows):
                     for j in range(H):
@@ -362,7 +450,20 @@ def _time_loops(
                 kept_row, before_row, dh_row, dc_row = kept[token], before[token], dh_unprojected[b], dc[b]
                 dx_row, ds_row = dx[token], ds[token]
                 gates_backward(kept_row, before_row, dh_row, dc_row, dx_row, ds_row)
-            add_product(ds_of_row[first : first + rows], w_hh, dh[:rows])
+            if masked:
+                for b in range(rows):
+                    for r in range(R):
+                        product[b, r] = 0.0
+            add_product(ds_of_row[first : first + rows], w_hh, product[:rows])
+            for b in range(rows):
+                if masked:
+                    for r in range(R):
+                        dh[b, r] += product[b, r] * mask[b, r]
+                if zoned_out:
+                    for r in range(R):
+                        dh[b, r] += dh_past[b, r]
+                    for j in range(dc.shape[1]):
+                        dc[b, j] += dc_past[b, j]
             cut = t + 1 if direction == 1 else t
             for b in range(rows):
                 if is_reset(sizes, starts, resets, cut, b):

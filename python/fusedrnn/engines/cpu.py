@@ -142,6 +142,7 @@ def express(
     bias: bool,
     projected: bool,
     layout: str,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, ...] | None:
     """The usual one-layer call without gradients in a single step; None if anything about it is out of the ordinary.
 
@@ -151,6 +152,7 @@ def express(
         hx: for each state (D, B, width), of one step (B, width), or None.
         weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr.
         layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
+        lengths: (B,), steps of each row, or None.
 
     Returns:
         (output, *final states); of one step (*states).
@@ -158,7 +160,7 @@ def express(
     if _cpu is None:
         return None
     return _cpu.express(  # type: ignore[no-any-return]
-        cell, input, hx, weights, bias, projected, _LAYOUTS[layout], torch.get_num_threads()
+        cell, input, hx, weights, bias, projected, _LAYOUTS[layout], lengths, torch.get_num_threads()
     )
 
 

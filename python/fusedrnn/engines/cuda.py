@@ -80,8 +80,8 @@ class CudaEngine:
             return "an empty batch"
         if call.every_state:
             return "no kernel that returns the cell state of every step"
-        if call.h_mask is not None or call.zoneout:
-            return "no kernel for recurrent dropout or zoneout"
+        if call.weights[4] is not None and (call.h_mask is not None or call.zoneout):
+            return "no kernel for a projection with recurrent dropout or zoneout"
         if any(state is not None for state in call.reset_state):
             return "no kernel for resets to a state other than zeros"
         if call.weights[4] is not None and (call.lengths is not None or call.resets is not None):
@@ -145,6 +145,11 @@ class CudaEngine:
             self.plan.cache_clear()
             return recurrence(self.plan(device, *sizes, backward))
 
+    def _recurrence(self, call: Call, tokens: Tokens) -> Recurrence:
+        layer = self._module, call.cell, tokens, call.hidden_size, call.directions
+        seed = None if call.seed is None else call.seed.to(call.input.device)
+        return Recurrence(*layer, *_cuts(call), in_memory(call.h_mask), call.zoneout, seed)
+
     def _forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         D, H, R, B = call.directions, call.hidden_size, call.output_size, call.batch
         x, tokens = _tokens(call.input), Tokens.of(call)
@@ -161,7 +166,7 @@ class CudaEngine:
         hx = (None, *call.hx[1:]) if projected else call.hx
         output = x.new_empty((*call.input.shape[:-1], D * R))
         hidden = x.new_empty((len(x), D * H)) if projected else output
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
+        recurrence = self._recurrence(call, tokens)
         weights, biases = _recurrent(call), _biases(call)
         final, kept = self._run(
             call, False, lambda plan: recurrence.forward(plan, gates_x, weights, biases, hx, hidden, save)
@@ -196,7 +201,7 @@ class CudaEngine:
                 d_hidden = torch.cat([d_output[:, d * R : (d + 1) * R] @ w_hr[d] for d in range(D)], 1)
             if d_final[0] is not None:
                 d_final[0] = torch.stack([d_final[0][d] @ w_hr[d] for d in range(D)])
-        recurrence = Recurrence(self._module, call.cell, tokens, H, D, *_cuts(call))
+        recurrence = self._recurrence(call, tokens)
         weights = _recurrent(call)
         d_slots, d_initial = self._run(
             call, True, lambda plan: recurrence.backward(plan, weights, hx, hidden, kept, d_hidden, d_final)
@@ -226,8 +231,10 @@ class CudaEngine:
             if need_b_hh:
                 results[first + 3] = d_rec.sum(0)
             if need_w_hh:
-                h = output[:, d * R : (d + 1) * R]
-                results[first + 1] = tokens.product_with_previous(d, *_entering(call, d, d_rec), h, call.hx[0])
+                h, h0 = output[:, d * R : (d + 1) * R], call.hx[0]
+                if call.h_mask is not None:
+                    h, h0 = tokens.of_sequences(call.h_mask[d]) * h, None if h0 is None else h0 * call.h_mask
+                results[first + 1] = tokens.product_with_previous(d, *_entering(call, d, d_rec), h, h0)
             if projected and (need_w_hr or needs[1]):
                 d_previous = d_rec @ w_hh  # of the h that entered each token
                 if needs[1]:
@@ -272,6 +279,9 @@ class Recurrence:
         D: directions.
         resets: (T, B) uint8: nothing passes from step t - 1 to step t, nor back, where it is not zero.
         lengths: (B,) int64, steps of each sequence of a dense batch.
+        h_mask: (D, B, H), factors of h on its way into the recurrent products.
+        zoneout: the rate of each state, or nothing.
+        seed: int64 (), of the lots of zoneout; without it their expectation takes their place.
     """
 
     module: ModuleType | None
@@ -281,6 +291,9 @@ class Recurrence:
     D: int
     resets: Tensor | None = None
     lengths: Tensor | None = None
+    h_mask: Tensor | None = None
+    zoneout: Sequence[float] = ()
+    seed: Tensor | None = None
 
     def forward(
         self,
@@ -313,7 +326,10 @@ class Recurrence:
         nothing = gates_x.new_empty(0)
         keeps, has_c = save and facts["kept"] > 0, save and facts["states"] > 1
         kept = gates_x.new_empty((D, tokens.count, facts["kept"], H)) if keeps else nothing
-        cells = gates_x.new_empty((D, tokens.count, H), dtype=_real(gates_x.dtype)) if has_c else nothing
+        real = _real(gates_x.dtype)
+        cells = gates_x.new_empty((D, tokens.count, H), dtype=real) if has_c else nothing
+        zoned_out = save and any(self.zoneout)
+        computed = gates_x.new_empty((D, tokens.count, len(final), H), dtype=real) if zoned_out else nothing
         weights = [_in_blocks(w) for w in w_hh]
         hx = list(map(in_memory, hx))
         b_hh = list(map(in_memory, b_hh))
@@ -331,8 +347,9 @@ class Recurrence:
             final=_addresses(final),
             kept=kept.data_ptr(),
             cells=cells.data_ptr(),
+            computed=computed.data_ptr(),
         )
-        return final, (kept, cells)
+        return final, (kept, cells, computed)
 
     def backward(
         self,
@@ -377,6 +394,7 @@ class Recurrence:
             output_row=D * H,
             kept=kept[0].data_ptr(),
             cells=kept[1].data_ptr(),
+            computed=kept[2].data_ptr(),
             d_output=_address(d_output),
             d_output_step=D * H * tokens.B,
             d_output_row=D * H,
@@ -397,6 +415,9 @@ class Recurrence:
             "starts": _address(self.tokens.starts),
             "lengths": _address(self.lengths),
             "resets": _address(self.resets),
+            "h_mask": _address(self.h_mask),
+            "zoneout": list(self.zoneout),
+            "seed": _address(self.seed),
         }
 
 
@@ -459,6 +480,14 @@ class Tokens:
             there &= row < self.sizes[before]
             self._previous[d] = _upload(torch.where(there, self.B + starts[before] + row, row), self.device)
         return self._previous[d]
+
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """For each pair the row of its sequence in ``values`` (B, n)."""
+        if self.sizes is None:
+            return values.repeat(self.T, 1)
+        starts = self.sizes.cumsum(0) - self.sizes
+        rows = torch.arange(self.count) - torch.repeat_interleave(starts, self.sizes)
+        return values[_upload(rows, self.device)]
 
     def product_with_previous(self, d: int, left: Tensor, first: Tensor | None, h: Tensor, h0: Tensor | None) -> Tensor:
         """left^T (tokens, m) times the h (tokens, R) that entered each pair: at first h0 (D, B, R), zeros if None.

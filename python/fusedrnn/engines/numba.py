@@ -43,8 +43,6 @@ class NumbaEngine:
             return f"no kernel for {call.input.dtype}"
         if call.input.layout != torch.strided:
             return f"no kernel for {call.input.layout} input"
-        if call.h_mask is not None or call.zoneout:
-            return "no kernel for recurrent dropout or zoneout"
         return _why_not_importable()
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +68,10 @@ class NumbaEngine:
             states = steps.states(call.hx)  # initial; the loops make them the final ones
             h, c = _h_and_c(states)
             fresh_h, fresh_c = _h_and_c(steps.states(call.reset_state))
+            # With zoneout the cell's own results, which ``kept`` holds, are not what the next step reads.
+            rows = tokens if save and call.zoneout else 0
+            zoned = [x.new_empty((D, rows, width)) for width in call.widths()]
+            zoned_h, zoned_c = _h_and_c(zoned)
             for d in range(D):
                 w_ih, w_hh, b_ih, b_hh, w_hr = call.of_direction(d)
                 assert w_ih is not None
@@ -83,25 +85,29 @@ class NumbaEngine:
                     _array(w_hh.t()),
                     _array(x.new_zeros(G * H) if b_hh is None else b_hh),
                     _array(nothing if w_hr is None else w_hr.t()),
+                    *steps.drops(d),
                     h[d],
                     c[d],
                     _array(x.new_empty((0, D, R)) if output is None else output.view(tokens, D, R)),
                     _array(x.new_empty((0, D, H)) if every_c is None else every_c.view(tokens, D, H)),
                     _array(kept[d]),
+                    zoned_h[d],
+                    zoned_c[d],
                     save,
                 )
             results = [None if output is None else steps.unpack(output)]
             if every_c is not None:
                 results.append(steps.unpack(every_c))
             results += map(steps.unsort, states)
-        return tuple(results), (kept,) if save else ()
+        return tuple(results), (kept, *zoned[: len(zoned) if rows else 0]) if save else ()
 
     def saved_shapes(self, call: Call) -> tuple[tuple[int, ...], ...]:
         from ._numba_kernels import KERNELS
 
         if call.lengths is not None:  # as many tokens as the lengths say, which have no values
             return ()
-        return ((call.directions, call.tokens, KERNELS[call.cell.name].keeps, call.hidden_size),)
+        kept = call.directions, call.tokens, KERNELS[call.cell.name].keeps, call.hidden_size
+        return (kept, *((call.directions, call.tokens, width) for width in call.widths() if call.zoneout))
 
     def backward(
         self, call: Call, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -130,8 +136,11 @@ class NumbaEngine:
                 w_ih, w_hh, _, _, w_hr = call.of_direction(d)
                 assert w_ih is not None
                 assert w_hh is not None
-                kept = saved[0][d]
-                before = one_step_earlier(d, *along, _array(kept[:, -1]), _array(initial[-1][d]), _array(fresh[-1][d]))
+                kept, *zoned = (t[d] for t in saved)
+                last = zoned[-1] if zoned else kept[:, -1]
+                before = one_step_earlier(
+                    d, *along, _array(last), _array(initial[-1][d]), _array(fresh[-1][d]), _array(nothing)
+                )
                 ds = x.new_empty((tokens, G * H))
                 dx = ds if kernels.sums_gates else torch.empty_like(ds)
                 dh_projected = x.new_empty((0 if w_hr is None else tokens, R))
@@ -144,6 +153,7 @@ class NumbaEngine:
                     before,
                     _array(w_hh),
                     _array(nothing if w_hr is None else w_hr),
+                    *steps.drops(d),
                     _array(doutput),
                     _array(devery_c),
                     dh[d],
@@ -163,8 +173,9 @@ class NumbaEngine:
                 if need_w_hh or need_w_hr:
                     hidden = kernels.hidden(kept)
                 if need_w_hh:
-                    h = hidden if w_hr is None else hidden @ w_hr.t()
-                    h_before = one_step_earlier(d, *along, _array(h), _array(initial[0][d]), _array(fresh[0][d]))
+                    h = zoned[0] if zoned else hidden if w_hr is None else hidden @ w_hr.t()
+                    mask, *_ = steps.drops(d)
+                    h_before = one_step_earlier(d, *along, _array(h), _array(initial[0][d]), _array(fresh[0][d]), mask)
                     results[first + 1] = ds.t() @ torch.from_numpy(h_before)
                 if need_b_ih:
                     results[first + 2] = dx.sum(0)
@@ -225,6 +236,18 @@ class _Steps:
             sizes = np.full(T, B, dtype=np.int64)
         resets = torch.empty(0, dtype=torch.bool) if call.resets is None else self.pack(call.resets[..., None])[:, 0]
         self.arrays = sizes, np.cumsum(sizes) - sizes, _array(resets)
+        order = torch.arange(B) if self._order is None else self._order
+        seed = np.array([] if call.seed is None else [int(call.seed)], dtype=np.int64).view(np.uint64)
+        self._lots = np.array(call.zoneout, dtype=np.float64), seed, _array(order)
+
+    def drops(self, direction: int) -> tuple[NDArray[Any], ...]:
+        """What recurrent dropout and zoneout leave: the mask of h (B, R), or no rows; the rates of zoneout, the seed of
+        its lots, each row's place among them.
+        """
+        mask = self._call.h_mask
+        if mask is None:
+            return self._call.input.new_empty((0, 0)).numpy(), *self._lots
+        return _array(mask[direction] if self._order is None else mask[direction, self._order]), *self._lots
 
     def pack(self, rows: Tensor) -> Tensor:
         """(tokens, features) of what is laid out as the input."""
