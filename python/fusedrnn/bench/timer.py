@@ -76,7 +76,12 @@ class Timing:
         return low, middle, high
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget: float, clock: Clock = processor_clock) -> Timing:
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    clock: Clock = processor_clock,
+    sample_seconds: float = _SAMPLE_SECONDS,
+) -> Timing:
     """Time functions by turns: in every round each is called once, or often enough for the clock, in changing order.
 
     So whatever slows the machine down for a while slows all of them alike.
@@ -85,11 +90,12 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: float, clock: 
         calls: functions without arguments by name.
         budget: seconds to spend; at least five rounds are run all the same.
         clock: what tells the time.
+        sample_seconds: a sample repeats a shorter call for so long.
     """
     repeats = {}
     for name, call in calls.items():
         clock(call, 1)  # the first call allocates and compiles
-        repeats[name] = max(1, round(_SAMPLE_SECONDS / clock(call, 1)))
+        repeats[name] = max(1, round(sample_seconds / clock(call, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     with _no_garbage_collection():
