@@ -22,9 +22,9 @@ int64_t probe_multiply_adds(int64_t rounds) {
   return rounds * probe_chains * Simd<T>::width * 2;
 }
 
-// The same with products of pairs of bfloat16 added to float32, where the processor has such an instruction.
-#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
-__attribute__((target("avx512bf16"))) inline int64_t probe_dots(int64_t rounds) {
+// The same with products of pairs of bfloat16 added to float32; null without an instruction for that.
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+inline int64_t probe_bf16(int64_t rounds) {
   volatile int bits = 0x3f803f80;  // ones
   volatile float sink;
   const __m512bh a = (__m512bh)_mm512_set1_epi32(bits);
@@ -39,15 +39,9 @@ __attribute__((target("avx512bf16"))) inline int64_t probe_dots(int64_t rounds) 
   (void)sink;
   return rounds * probe_chains * 16 * 4;
 }
+#else
+constexpr int64_t (*probe_bf16)(int64_t rounds) = nullptr;
 #endif
-
-// `probe_dots` if it can run here, or null.
-inline int64_t (*probe_bf16())(int64_t rounds) {
-#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
-  if (__builtin_cpu_supports("avx512bf16")) return probe_dots;
-#endif
-  return nullptr;
-}
 
 // Reads memory from end to end. `bytes` is a multiple of 4096, `data` aligned for vectors.
 inline void probe_read(const void* data, int64_t bytes, int64_t rounds) {

@@ -38,8 +38,13 @@ class CpuEngine:
 
     def describe(self, call: Call) -> str:
         assert _cpu is not None
-        again = ", backward computes the gates again" if _recomputes(call) else ""
-        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{again}"
+        notes = ""
+        if call.input.dtype == torch.bfloat16:
+            factors = "factors of" if _cpu.multiplies_bfloat16() else "factors widened from"
+            notes += f", {factors} bfloat16, sums and gates in float32"
+        if _recomputes(call):
+            notes += ", backward computes the gates again"
+        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{notes}"
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         assert _cpu is not None
@@ -81,7 +86,7 @@ class CpuEngine:
 _COMPUTES_IN = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
+    torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float32,
 }
 
