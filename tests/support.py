@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from itertools import product
 from operator import gt
 from types import ModuleType
 from typing import Any
@@ -96,6 +97,23 @@ def _targets() -> Iterator[Target]:
 TARGETS = tuple(_targets())
 
 
+def kernels(*dtypes: torch.dtype, targets: Sequence[Target] = TARGETS) -> list[tuple[Target, str, torch.dtype]]:
+    """What is compiled or chosen once: (target, cell, dtype), of every cell.
+
+    Without repetition: an instruction set that adds to another only products of bfloat16 shares all other kernels.
+    """
+    return [
+        (target, cell, dtype)
+        for target, cell, dtype in product(targets, CELLS, dtypes)
+        if dtype == torch.bfloat16 or target.isa != "avx512bf16"
+    ]
+
+
+def has_kernel(target: Target, dtype: torch.dtype) -> bool:
+    """Whether the target computes in the dtype itself."""
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and target.engine == "cpu")
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """torch, and the engines with it, on ``count`` threads."""
@@ -178,18 +196,20 @@ class Case:
         )
 
 
-def rounding(case: Case) -> float:
+def rounding(target: Target, dtype: torch.dtype, layers: int, fan_in: int, tokens: int) -> float:
     """The error that rounding excuses in a tensor of values or gradients, relative to the largest of them.
 
     A sum of n products of like size errs by some sqrt(n) units: over the fan-in forward, over rows and steps in the
-    weights' gradients, and each layer adds its own. For the types narrower than float32 our own engines compute in
-    float32 and round what enters and leaves a layer; the others round every operation's result. The largest errors
-    seen over all the cases are about half of this.
+    weights' gradients, and each layer adds its own. For the types narrower than float32 our own engines add up and
+    compute gates in float32, and round what enters and leaves a layer, by half a unit; where kernels multiply bfloat16
+    they also round h at every step, what backward needs of the gates, and the gates' gradients: each for itself, so
+    that in sums over units and steps these errors cancel, and a result's own rounding is the largest of all. The other
+    engines round every operation's result. The largest errors seen over all the cases are about half of this.
     """
-    eps = torch.finfo(case.dtype).eps
-    if case.dtype in (torch.bfloat16, torch.float16) and case.target.engine in ("cpu", "numba"):
-        return 3 * case.layers * eps
-    return eps * case.layers * (16 + ((case.I + case.H) ** 0.5 + (case.T * case.rows) ** 0.5) / 2)
+    eps = torch.finfo(dtype).eps
+    if dtype in (torch.bfloat16, torch.float16) and target.engine in ("cpu", "numba"):
+        return 3 * layers * eps
+    return eps * layers * (16 + (fan_in**0.5 + tokens**0.5) / 2)
 
 
 def build(library: ModuleType, kind: str, *args: Any, **options: Any) -> torch.nn.Module:
@@ -337,7 +357,7 @@ def check(case: Case) -> None:
         torch.autograd.backward(outputs, d_outputs)
 
         run, d_expected = truth(cell)
-        tolerance = rounding(case)
+        tolerance = rounding(case.target, case.dtype, case.layers, case.I + case.H, case.T * case.rows)
         # Values are of the order of one: below a tenth an error is no longer measured by the value itself.
         assert_near("output", to_numpy(output), run.output, tolerance * max(np.abs(run.output).max(), 0.1))
         for name, got, want in zip(cell.states, final, run.final, strict=True):

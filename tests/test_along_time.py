@@ -14,7 +14,8 @@ import oracle
 import pytest
 import torch
 from pairwise import pairwise
-from support import CELLS, TARGETS, Target, assert_near, threads, to_numpy, weights_of
+from support import TARGETS, Target, assert_near, has_kernel, rounding, threads, to_numpy, weights_of
+from support import kernels as kernels_of
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
@@ -67,9 +68,8 @@ OPTIONS = {
 
 
 def sample() -> list[Case]:
-    targets = (*TARGETS, emulated.TARGET)
-    kernels = [(t, c, d) for t in targets for c in CELLS for d in (torch.float32, torch.float64)]
-    kernels = [kernel for kernel in kernels if kernel[0].engine != "torch"]  # which has none of all this
+    kernels = kernels_of(torch.float32, torch.float64, torch.bfloat16, targets=(*TARGETS, emulated.TARGET))
+    kernels = [(t, c, d) for t, c, d in kernels if has_kernel(t, d) and t.engine != "torch"]  # which has none of this
     cases = []
     for seed, case in enumerate(pairwise({"kernel": kernels, "projected": ON_OFF} | OPTIONS)):
         target, cell, dtype = case.pop("kernel")
@@ -170,7 +170,7 @@ def test_engines(case):
         return want, grads | {f"weight {k}": g for k, g in enumerate(g for w in d_weights for g in w if g is not None)}
 
     want, d_want = truth(cell)
-    tolerance = torch.finfo(case.dtype).eps * case.layers * (16 + ((I + H) ** 0.5 + (T * B) ** 0.5) / 2)
+    tolerance = rounding(case.target, case.dtype, case.layers, I + H, T * B)
     for key, value in outputs.items():
         assert_near(key, to_numpy(value), want[key], tolerance * max(np.abs(want[key]).max(), 0.1))
     leaves = dict(zip(d_want, [x, *hx, *reset_state, *module.parameters()], strict=True))

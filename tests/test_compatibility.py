@@ -410,7 +410,7 @@ def _(kind):
             assert_close(ours(*call), theirs(*call))
 
 
-@row(MODES, "autocast, bfloat16 and float16", note="casts as torch's; computed in float32")
+@row(MODES, "autocast, bfloat16 and float16", note="casts as torch's; float16 computed in float32")
 def _(kind):
     theirs, ours = (m.float() for m in twins_of(kind))
     call = call_of(ours, *rows_of(kind), requires_grad=True)

@@ -18,6 +18,7 @@ from support import (
     build,
     call_of,
     flat,
+    instruction_set,
     loss_of,
     run_script,
     twins,
@@ -719,11 +720,25 @@ class TestExplain:
         assert "not cpu: input is on meta" in decision.reasons
         assert "stock torch" in decision.kernel
 
-    @pytest.mark.parametrize("name", ["cpu", "numba"])
-    def test_says_what_is_converted(self, name):
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [("cpu", torch.float16), ("numba", torch.float16), ("numba", torch.bfloat16)]
+    )
+    def test_says_what_is_converted(self, name, dtype):
         with fusedrnn.engine(name):
-            explanation = fusedrnn.explain(fusedrnn.GRU(I, H, dtype=torch.bfloat16), torch.randn(T, B, I).bfloat16())
-        assert "torch.bfloat16 is converted to torch.float32" in str(explanation)
+            explanation = fusedrnn.explain(fusedrnn.GRU(I, H, dtype=dtype), torch.randn(T, B, I, dtype=dtype))
+        assert f"{dtype} is converted to torch.float32" in str(explanation)
+
+    def test_says_how_bfloat16_is_multiplied(self):
+        from fusedrnn import _cpu
+
+        module, x = fusedrnn.GRU(I, H, dtype=torch.bfloat16), torch.randn(T, B, I).bfloat16()
+        for isa in _cpu.isas():
+            with fusedrnn.engine("cpu"), instruction_set(isa):
+                (decision,) = fusedrnn.explain(module, x).decisions
+            assert isa in decision.kernel
+            assert not decision.reasons or decision.reasons == ("asked for by fusedrnn.engine or FUSEDRNN_ENGINE",)
+            assert ("factors of bfloat16" in decision.kernel) == (isa == "avx512bf16")
+            assert ("factors widened from bfloat16" in decision.kernel) == (isa != "avx512bf16")
 
     def test_names_modules_that_are_not_ours(self):
         model = torch.nn.ModuleDict({"theirs": torch.nn.GRU(I, H), "ours": fusedrnn.GRU(I, H)})

@@ -12,7 +12,8 @@ import oracle
 import pytest
 import torch
 from pairwise import pairwise
-from support import CELLS, ENGINES, TARGETS, Target, assert_near, flat, threads, to_numpy
+from support import ENGINES, TARGETS, Target, assert_near, flat, has_kernel, rounding, threads, to_numpy
+from support import kernels as kernels_of
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
@@ -84,9 +85,8 @@ OPTIONS = {
 
 
 def sample() -> list[Case]:
-    targets = (*TARGETS, emulated.TARGET)
-    kernels = [(t, c, d) for t in targets for c in CELLS for d in (torch.float32, torch.float64)]
-    kernels = [kernel for kernel in kernels if kernel[0].engine != "torch"]
+    kernels = kernels_of(torch.float32, torch.float64, torch.bfloat16, targets=(*TARGETS, emulated.TARGET))
+    kernels = [(t, c, d) for t, c, d in kernels if has_kernel(t, d) and t.engine != "torch"]
     cases = []
     for seed, case in enumerate(pairwise({"kernel": kernels} | OPTIONS)):
         target, cell, dtype = case.pop("kernel")
@@ -171,7 +171,7 @@ def test_engines(case):
         return want, grads | {f"weight {k}": g for k, g in enumerate(g for w in d_weights for g in w if g is not None)}
 
     want, d_want = truth(oracle.CELLS[case.cell])
-    tolerance = torch.finfo(case.dtype).eps * (16 + ((I + H) ** 0.5 + (T * B) ** 0.5) / 2)
+    tolerance = rounding(case.target, case.dtype, 1, I + H, T * B)
     for k, (got, right) in enumerate(zip(outputs, want, strict=True)):
         assert_near(f"output {k}", to_numpy(got), right, tolerance * max(np.abs(right).max(), 0.1))
     share = 0.25 * max(np.abs(g).max() for g in d_want.values())

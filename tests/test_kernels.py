@@ -6,17 +6,16 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from pairwise import pairwise
-from support import CELLS, DTYPES, TARGETS, Case, check
+from support import DTYPES, Case, check, has_kernel, kernels
 
 import fusedrnn
 
 # Stock torch says so of itself, at the first such call.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
-#: What is compiled or chosen once: a kernel. No other option may be left untried on any of them.
-KERNELS = list(product(TARGETS, CELLS, DTYPES))
+#: No other option may be left untried on any of them.
+KERNELS = kernels(*DTYPES)
 
 #: Around the widths of vectors (4, 8, 16) and of blocks of columns (up to 64), and none a multiple of them.
 WIDTHS = (1, 3, 7, 17, 37, 65)
@@ -92,15 +91,15 @@ OF_LARGE = {
     "hx": ON_OFF,
     "loss": ("both", "output", "final"),
 }
-WIDE_KERNELS = [kernel for kernel in KERNELS if kernel[2] in (torch.float32, torch.float64)]
+OWN_KERNELS = [(target, cell, dtype) for target, cell, dtype in KERNELS if has_kernel(target, dtype)]
 
 
-@pytest.mark.parametrize("case", sample(WIDE_KERNELS, OF_LARGE), ids=str)
+@pytest.mark.parametrize("case", sample(OWN_KERNELS, OF_LARGE), ids=str)
 def test_large(case):
     check(case)
 
 
-BLOCKED = [kernel for kernel in WIDE_KERNELS if kernel[0].isa]
+BLOCKED = [kernel for kernel in OWN_KERNELS if kernel[0].isa]
 
 
 @pytest.mark.parametrize(("target", "cell", "dtype"), BLOCKED, ids=str)

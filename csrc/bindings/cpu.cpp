@@ -66,7 +66,7 @@ struct Along {
   py::handle seed;           // of zoneout's lots; without one its expectation
 };
 
-// The arguments that forward and backward share, checked, of either precision.
+// The arguments that forward and backward share, checked, of any precision.
 struct Arguments {
   int cell;
   int bits;  // of a value
@@ -90,7 +90,8 @@ struct Arguments {
     require(input.dims == (packed || layout == Layout::one_step ? 2 : 3), "input has the wrong number of dimensions");
     if (layout == Layout::batch_first) swap_first_two(input);
     if (layout == Layout::one_step) add_dimension(input);
-    require(input.is_float(32) || input.is_float(64), "input is neither float32 nor float64");
+    require(input.is_float(16) || input.is_float(32) || input.is_float(64),
+            "input is neither bfloat16 nor float32 nor float64");
     bits = input.bits;
     I = input.shape[input.dims - 1];
     require(side_by_side(input), "the input's features are not side by side");
@@ -304,7 +305,9 @@ struct Arguments {
 // Calls f with a value of the type of `bits` bits.
 template <class F>
 void with_type(int bits, F&& f) {
-  if (bits == 32)
+  if (bits == 16)
+    f(bf16(0.f));
+  else if (bits == 32)
     f(float{});
   else
     f(double{});
@@ -312,7 +315,9 @@ void with_type(int bits, F&& f) {
 
 template <class T>
 const Functions<T>& functions(int cell) {
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 2)
+    return kernels().bf16_[cell];
+  else if constexpr (sizeof(T) == 4)
     return kernels().single_[cell];
   else
     return kernels().double_[cell];
@@ -495,7 +500,7 @@ py::object probe_multiply_adds(const std::string& dtype, double seconds) {
   else if (dtype == "float64")
     probe = probes.multiply_adds_double;
   else if (dtype == "bfloat16")
-    probe = probes.dots_bf16();
+    probe = probes.dots_bf16;
   else
     fail("there is no probe for " + dtype);
   if (!probe) return py::none();
@@ -569,6 +574,9 @@ PYBIND11_MODULE(_cpu, m) {
       "held before.");
   m.def("is_batch_invariant", [] { return batch_invariant.load(); }, "What set_batch_invariant has set.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
+  m.def(
+      "multiplies_bfloat16", [] { return kernels().probes.dots_bf16 != nullptr; },
+      "Whether the instruction set in use has products of bfloat16; else they are widened to float32.");
   m.def("isas", &isas, "Names of the instruction sets that this machine runs, best first.");
   m.def(
       "set_isa",

@@ -51,12 +51,14 @@ struct Exchange {
   void* current_work_stream;
 };
 constexpr int32_t cpu = 1;
-constexpr uint8_t code_int = 0, code_float = 2, code_bool = 6;
+constexpr uint8_t code_int = 0, code_float = 2, code_bfloat = 4, code_bool = 6;
 
 // As TensorView names them.
-char kind(uint8_t code) {
-  switch (code) {
+char kind(DataType type) {
+  switch (type.code) {
     case code_float:
+      return type.bits == 16 ? '?' : 'f';
+    case code_bfloat:
       return 'f';
     case code_int:
       return 'i';
@@ -109,15 +111,15 @@ TensorView through_exchange(const dlpack::Exchange& exchange, py::handle object)
   result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   result.dims = tensor.ndim;
   for (int d = 0; d < tensor.ndim; ++d) result.shape[d] = tensor.shape[d], result.stride[d] = tensor.strides[d];
-  result.kind = dlpack::kind(tensor.dtype.code);
+  result.kind = dlpack::kind(tensor.dtype);
   result.bits = tensor.dtype.bits;
   return result;
 }
 
 TensorView through_methods(py::handle tensor) {
   static const py::object torch = py::module_::import("torch");
-  static const py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), int64 = torch.attr("int64"),
-                          boolean = torch.attr("bool");
+  static const py::object bfloat16 = torch.attr("bfloat16"), float32 = torch.attr("float32"),
+                          float64 = torch.attr("float64"), int64 = torch.attr("int64"), boolean = torch.attr("bool");
   if (!tensor.attr("is_cpu").cast<bool>()) throw std::invalid_argument("a tensor is not on the CPU");
   TensorView result;
   const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
@@ -127,8 +129,9 @@ TensorView through_methods(py::handle tensor) {
   for (int d = 0; d < result.dims; ++d)
     result.shape[d] = shape[d].cast<int64_t>(), result.stride[d] = stride[d].cast<int64_t>();
   const py::object dtype = tensor.attr("dtype");
-  result.kind = dtype.is(float32) || dtype.is(float64) ? 'f' : dtype.is(int64) ? 'i' : dtype.is(boolean) ? 'b' : '?';
-  result.bits = dtype.is(float32) ? 32 : dtype.is(boolean) ? 8 : 64;
+  const bool is_float = dtype.is(bfloat16) || dtype.is(float32) || dtype.is(float64);
+  result.kind = is_float ? 'f' : dtype.is(int64) ? 'i' : dtype.is(boolean) ? 'b' : '?';
+  result.bits = dtype.is(bfloat16) ? 16 : dtype.is(float32) ? 32 : dtype.is(boolean) ? 8 : 64;
   return result;
 }
 
@@ -175,8 +178,8 @@ NewTensor through_exchange(const dlpack::Exchange& table, std::initializer_list<
   managed.deleter = [](dlpack::ManagedTensor* tensor) {
     release(static_cast<Owned*>(tensor->manager_context)->memory);
   };
-  managed.tensor = {v.data,       {dlpack::cpu, 0}, v.dims, {dlpack::code_float, static_cast<uint8_t>(bits), 1},
-                    owned->shape, owned->stride,    0};
+  const dlpack::DataType dtype{bits == 16 ? dlpack::code_bfloat : dlpack::code_float, static_cast<uint8_t>(bits), 1};
+  managed.tensor = {v.data, {dlpack::cpu, 0}, v.dims, dtype, owned->shape, owned->stride, 0};
   void* object = nullptr;
   if (table.to_py_object(&managed, &object) != 0) throw py::error_already_set();
   result.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
@@ -187,8 +190,8 @@ py::object torch_empty(std::initializer_list<int64_t> shape, int bits) {
   static const py::object torch = py::module_::import("torch");
   py::list sizes;
   for (const int64_t size : shape) sizes.append(size);
-  return torch.attr("empty")(sizes, py::arg("dtype") = torch.attr(bits == 32 ? "float32" : "float64"),
-                             py::arg("device") = "cpu");
+  const char* dtype = bits == 16 ? "bfloat16" : bits == 32 ? "float32" : "float64";
+  return torch.attr("empty")(sizes, py::arg("dtype") = torch.attr(dtype), py::arg("device") = "cpu");
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct TensorView {
   void* data = nullptr;
   int dims = 0;
   int64_t shape[max_dims] = {}, stride[max_dims] = {};
-  char kind = 0;  // 'f' float, 'i' signed integer, 'b' Boolean, '?' anything else
+  char kind = 0;  // 'f' float (of 16 bits bfloat16), 'i' signed integer, 'b' Boolean, '?' anything else
   int bits = 0;
 
   explicit operator bool() const { return dims > 0; }

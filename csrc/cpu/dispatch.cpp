@@ -19,7 +19,7 @@ namespace {
 
 const Kernels* const compiled[] = {
 #if defined(__x86_64__)
-    &avx512_kernels, &avx2_kernels,
+    &avx512bf16_kernels, &avx512_kernels, &avx2_kernels,
 #endif
     &baseline_kernels};
 

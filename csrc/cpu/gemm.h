@@ -4,11 +4,112 @@
 // micro-kernel reads it as one stream. The left-hand rows (inputs, hidden states, gate gradients) are read where they
 // lie, through an array of row pointers: packed, batch-first, reversed and time-major sequences cost the same.
 
+// How values are multiplied and added up. A lane holds `depth` values that follow each other along k, and a lane of
+// sums takes the products of all of them, in `parts` steps. Group is a row's `depth` values.
+template <class T>
+struct Product {
+  static constexpr int depth = 1, parts = 1;
+  using S = Simd<T>;
+  using V = typename S::V;
+  using Group = T;
+
+  FUSEDRNN_INLINE V load(const T* p) { return S::load(p); }
+  FUSEDRNN_INLINE V load(const T* p, int64_t values) { return S::load(p, (int)values); }
+  FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v); }
+
+  // Columns [first, first + lanes) of the first `depth` of n rows.
+  FUSEDRNN_INLINE V across(const T* const* rows, int64_t, int64_t first, int lanes) {
+    return S::load(rows[0] + first, lanes);
+  }
+  template <int columns>
+  FUSEDRNN_INLINE void copy_across(const T* const* rows, int64_t, int64_t first, T* out) {
+    __builtin_memcpy(out, rows[0] + first, columns * sizeof(T));
+  }
+
+  FUSEDRNN_INLINE V column(V v, int) { return v; }
+  FUSEDRNN_INLINE T value(Group group, int) { return group; }
+  FUSEDRNN_INLINE V add(V sum, T value, V column) { return sum + value * column; }
+  FUSEDRNN_INLINE V dot(V sum, V a, V b) { return sum + a * b; }
+};
+
+// In pairs, the first in the lower half of a lane: what the instruction for products of bfloat16 wants. Where there is
+// none, the firsts and then the seconds are widened to float.
+template <>
+struct Product<bf16> {
+  static constexpr int depth = 2;
+  using S = Simd<float>;
+  using V = typename S::V;
+  using Bits = typename S::Bits;
+  using Group = uint32_t;
+  typedef float Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(sizeof(bf16)), may_alias));
+
+  FUSEDRNN_INLINE V load(const bf16* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  FUSEDRNN_INLINE V load(const bf16* p, int64_t values) {
+    if (values >= depth * S::width) return load(p);
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    return (V)_mm512_maskz_loadu_epi16((__mmask32)((1u << values) - 1), p);
+#else
+    V v{};
+    __builtin_memcpy(&v, p, (size_t)values * sizeof(bf16));
+    return v;
+#endif
+  }
+  FUSEDRNN_INLINE void store(bf16* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  FUSEDRNN_INLINE V across(const bf16* const* rows, int64_t n, int64_t first, int lanes) {
+    const Bits pairs = (Bits)S::load(rows[0] + first, lanes) >> 16;
+    return (V)(n > 1 ? pairs | (Bits)S::load(rows[1] + first, lanes) : pairs);
+  }
+  template <int columns>
+  FUSEDRNN_INLINE void copy_across(const bf16* const* rows, int64_t n, int64_t first, bf16* out) {
+    static_assert(columns == 6, "eight bytes and four of each row");
+    typedef uint16_t Eight __attribute__((vector_size(16)));
+    const auto six = [first](const bf16* row) __attribute__((always_inline)) {
+      uint64_t four;
+      uint32_t two;
+      __builtin_memcpy(&four, row + first, sizeof four);
+      __builtin_memcpy(&two, row + first + 4, sizeof two);
+      typedef uint64_t Two __attribute__((vector_size(16)));
+      return (Eight)Two{four, two};
+    };
+    const Eight even = six(rows[0]), odd = n > 1 ? six(rows[1]) : Eight{};
+    const Eight low = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+    const Eight high = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+    __builtin_memcpy(out, &low, 16);
+    __builtin_memcpy(out + 8, &high, 8);
+  }
+
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+  static constexpr int parts = 1;
+  FUSEDRNN_INLINE V column(V pairs, int) { return pairs; }
+  FUSEDRNN_INLINE V add(V sum, V value, V column) {
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)value, (__m512bh)column);
+  }
+#else
+  static constexpr int parts = 2;
+  FUSEDRNN_INLINE V column(V pairs, int part) { return (V)(part == 0 ? (Bits)pairs << 16 : (Bits)pairs & 0xffff0000u); }
+  FUSEDRNN_INLINE V add(V sum, V value, V column) { return sum + value * column; }
+#endif
+  FUSEDRNN_INLINE V value(Group pair, int part) {
+    Bits all = Bits{} + pair;
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES <= __BIGGEST_ALIGNMENT__
+    // Else the compiler widens a pair before it fills a vector with it, which a load does by itself.
+    if constexpr (parts > 1) asm("" : "+v"(all));
+#endif
+    return column((V)all, part);
+  }
+  FUSEDRNN_INLINE V dot(V sum, V a, V b) {
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; ++part) sum = add(sum, column(a, part), column(b, part));
+    return sum;
+  }
+};
+
 // A block of the result that the micro-kernel keeps in registers: MR rows by NV vectors of columns, MR * NV at most
 // `accumulators`, which leaves room for operands (16 registers with AVX2 and SSE2, 32 with AVX-512 and NEON).
 template <class T>
 struct Block {
-  static constexpr int width = Simd<T>::width;
+  static constexpr int width = Simd<SumOf<T>>::width;
   static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int max_rows = 6;
   static constexpr int max_vectors = 8;  // of a single row: enough additions on their way to hide their latency
@@ -25,25 +126,35 @@ struct Block {
   }
 };
 
+// The values from `first` on that fill a lane.
+template <class T, class Group = typename Product<T>::Group>
+FUSEDRNN_INLINE Group group(const T* first) {
+  Group values;
+  __builtin_memcpy(&values, first, sizeof values);
+  return values;
+}
+
 // Left-hand side of the micro-kernel as rows: element (r, k) is rows[r][k].
 template <class T, int MR>
 struct Rows {
   const T* row[MR];
-  T operator()(int r, int64_t k) const { return row[r][k]; }
+  auto operator()(int r, int64_t k) const { return group(row[r] + k); }
 };
 
-// Left-hand side as a packed block of a transposed matrix: element (r, k) is block[k * max_rows + r].
+// Left-hand side as a packed block of a transposed matrix: the group of (r, k) begins at block[k * max_rows + r *
+// depth].
 template <class T>
 struct Transposed {
   const T* block;
-  T operator()(int r, int64_t k) const { return block[k * Block<T>::max_rows + r]; }
+  auto operator()(int r, int64_t k) const { return group(block + k * Block<T>::max_rows + r * Product<T>::depth); }
 };
 
 // out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). Each element is one chain of
 // additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it.
 template <class T, int MR, int NV, class Left>
-FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, T* out, int64_t ldo, bool add) {
-  using S = Simd<T>;
+FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, int64_t ldo, bool add) {
+  using P = Product<T>;
+  using S = typename P::S;
   using V = typename S::V;
   constexpr int width = S::width;
   // Weights larger than the second-level cache come from the third at every step: fetched 1 KB ahead, LSTM inference at
@@ -51,36 +162,42 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, T* out, int64_t 
   // pass through a panel faster, hence 2 KB.
   constexpr int64_t ahead = (MR * NV <= 8 ? 2048 : 1024) / sizeof(T);
   V sum[MR][NV] = {};
-  for (int64_t k = 0; k < K; ++k, panel += NV * width) {
-    V column[NV];
+  for (int64_t k = 0; k < K; k += P::depth, panel += NV * width * P::depth) {
     __builtin_prefetch(panel + ahead);
+#pragma GCC unroll 2
+    for (int part = 0; part < P::parts; ++part) {
+      // Operands are read again: there are no registers to keep those of both parts in (AVX2: 57 and 87 GF/s).
+      if (part > 0) asm volatile("" ::: "memory");
+      V column[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) column[v] = S::load(panel + v * width);
+      for (int v = 0; v < NV; ++v) column[v] = P::column(P::load(panel + v * width * P::depth), part);
 #pragma GCC unroll 6
-    for (int r = 0; r < MR; ++r) {
-      const T value = left(r, k);
+      for (int r = 0; r < MR; ++r) {
+        const auto value = P::value(left(r, k), part);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[r][v] += value * column[v];
+        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value, column[v]);
+      }
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-      T* place = out + r * ldo + v * width;
+      SumOf<T>* place = out + r * ldo + v * width;
       S::store(place, add ? sum[r][v] + S::load(place) : sum[r][v]);
     }
 }
 
 template <class T, int MR, int NV>
-static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, T* out, int64_t ldo, bool add) {
+static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
+                      bool add) {
   Rows<T, MR> left;
   for (int r = 0; r < MR; ++r) left.row[r] = rows[r] + first_k;
   tile<T, MR, NV>(K, left, panel, out, ldo, add);
 }
 
 template <class T, int MR, int NV>
-static void transposed_tile(int64_t K, const T* block, const T* panel, T* out, int64_t ldo, bool add) {
+static void transposed_tile(int64_t K, const T* block, const T* panel, SumOf<T>* out, int64_t ldo, bool add) {
   tile<T, MR, NV>(K, Transposed<T>{block}, panel, out, ldo, add);
 }
 
@@ -102,7 +219,7 @@ struct RowsTile {
   const T* const* rows;
   int64_t first_k;
   const T* panel;
-  T* out;
+  SumOf<T>* out;
   int64_t ldo;
   bool add;
   template <int MR, int NV>
@@ -115,7 +232,7 @@ template <class T>
 struct TransposedTile {
   int64_t K;
   const T *block, *panel;
-  T* out;
+  SumOf<T>* out;
   int64_t ldo;
   bool add;
   template <int MR, int NV>
@@ -131,23 +248,39 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // K is cut so that a stretch of a panel of the usual width stays in the first-level cache (32 KB; 48 KB where vectors
 // have 64 bytes) while the rows pass by: 40 or 16 KB. Every product is cut alike, so that its sums round alike.
-constexpr int64_t k_stretch = FUSEDRNN_VECTOR_BYTES == 64 ? 160 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES);
+template <class T>
+constexpr int64_t k_stretch =
+    Product<T>::depth * (FUSEDRNN_VECTOR_BYTES == 64 ? 160 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES));
 
 // out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
-static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, T* out, int64_t ldo,
-                           bool add = false) {
-  const int64_t blocks = ceil_div(n, Block<T>::rows(nv));
-  for (int64_t k = 0; k < K || k == 0; k += k_stretch)
+static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, SumOf<T>* out,
+                           int64_t ldo, bool add = false) {
+  constexpr int depth = Product<T>::depth;
+  const int64_t blocks = ceil_div(n, Block<T>::rows(nv)), whole = K / depth * depth;
+  for (int64_t k = 0; k < whole || k == 0; k += k_stretch<T>)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
       with_block<T>((int)(last - first), nv,
-                    RowsTile<T>{smaller(k_stretch, K - k), rows + first, k, panel + k * nv * Block<T>::width,
+                    RowsTile<T>{smaller(k_stretch<T>, whole - k), rows + first, k, panel + k * nv * Block<T>::width,
                                 out + first * ldo, ldo, add || k > 0});
     }
+  if constexpr (depth > 1) {
+    // Values that fill no group: rows end behind them, so they are copied.
+    if (whole == K) return;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
+      T rest[Block<T>::max_rows * depth];
+      for (int64_t r = first; r < last; ++r)
+        for (int i = 0; i < depth; ++i) rest[(r - first) * depth + i] = whole + i < K ? rows[r][whole + i] : T(0);
+      with_block<T>((int)(last - first), nv,
+                    TransposedTile<T>{1, rest, panel + whole * nv * Block<T>::width, out + first * ldo, ldo, true});
+    }
+  }
 }
 
-// A matrix packed into column panels. `columns` is rounded up to whole vectors; what is beyond is zero.
+// A matrix packed into column panels, [panel][k / depth][column][depth]. `columns` is rounded up to whole vectors and K
+// to whole groups; what is beyond is zero.
 template <class T>
 struct Panels {
   T* data = nullptr;
@@ -156,10 +289,13 @@ struct Panels {
   // Of several matrices of one shape, panel p of each stands side by side, in the order in which they are used.
   int matrices = 1, index = 0;
 
-  static int64_t size(int64_t K, int64_t columns) { return K * round_up(columns, Block<T>::width); }
+  static int64_t padded(int64_t K) { return round_up(K, Product<T>::depth); }
+  static int64_t size(int64_t K, int64_t columns) { return padded(K) * round_up(columns, Block<T>::width); }
   int64_t width() const { return (int64_t)vectors * Block<T>::width; }
   int64_t count() const { return ceil_div(columns, width()); }
-  T* panel(int64_t p) const { return data + (p * width() * matrices + index * vectors_of(p) * Block<T>::width) * K; }
+  T* panel(int64_t p) const {
+    return data + (p * width() * matrices + index * vectors_of(p) * Block<T>::width) * padded(K);
+  }
   int64_t first(int64_t p) const { return p * width(); }
   int64_t last(int64_t p) const { return smaller(columns, first(p) + width()); }
   int vectors_of(int64_t p) const { return (int)ceil_div(last(p) - first(p), Block<T>::width); }
@@ -168,17 +304,18 @@ struct Panels {
 // Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k].
 template <class T>
 static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
+  using P = Product<T>;
+  using V = typename P::V;
+  constexpr int W = P::S::width, depth = P::depth;
   const int64_t K = packed.K, first = packed.first(p), last = packed.last(p), stride = packed.vectors_of(p) * W;
   T* out = packed.panel(p);
-  for (int64_t c = first; c < last; c += W, out += W)
-    for (int64_t k = 0; k < K; k += W) {
-      const int lanes = (int)smaller(W, K - k);
-      typename S::V block[W];
-      for (int i = 0; i < W; ++i) block[i] = c + i < last ? S::load(w + (c + i) * K + k, lanes) : typename S::V{};
-      S::transpose(block);
-      for (int i = 0; i < lanes; ++i) S::store(out + (k + i) * stride, block[i]);
+  for (int64_t c = first; c < last; c += W, out += W * depth)
+    for (int64_t k = 0; k < K; k += W * depth) {
+      const int64_t values = smaller(W * depth, K - k);
+      V block[W];
+      for (int i = 0; i < W; ++i) block[i] = c + i < last ? P::load(w + (c + i) * K + k, values) : V{};
+      P::S::transpose(block);
+      for (int i = 0; i * depth < values; ++i) P::store(out + (k + i * depth) * stride, block[i]);
     }
 }
 
@@ -186,21 +323,21 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
 // in 2^64. Each step is a bijection of what came before and of the vector that comes in; four chains hide its latency.
 template <class T>
 static uint64_t fingerprint(const T* values, int64_t n) {
-  using S = Simd<T>;
+  using P = Product<T>;
   typedef uint64_t Bits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
-  constexpr int W = S::width, chains = 4;
+  constexpr int W = FUSEDRNN_VECTOR_BYTES / sizeof(T), chains = 4;
   constexpr uint64_t odd = 0x9e3779b97f4a7c15u;  // 2^64 by the golden ratio
   Bits chain[chains];
   for (int c = 0; c < chains; ++c) chain[c] = Bits{} + (uint64_t)(n + c);
-  const auto take = [&](int c, typename S::V v) {
+  const auto take = [&](int c, typename P::V v) {
     chain[c] = (chain[c] ^ (Bits)v) * odd;
     chain[c] = chain[c] << 29 | chain[c] >> 35;
   };
   int64_t k = 0;
   for (; k + chains * W <= n; k += chains * W)
 #pragma GCC unroll 4
-    for (int c = 0; c < chains; ++c) take(c, S::load(values + k + c * W));
-  for (; k < n; k += W) take(0, S::load(values + k, (int)smaller(W, n - k)));
+    for (int c = 0; c < chains; ++c) take(c, P::load(values + k + c * W));
+  for (; k < n; k += W) take(0, P::load(values + k, smaller(W, n - k)));
   uint64_t all = 0;
   for (int c = 0; c < chains; ++c)
     for (int lane = 0; lane < (int)(sizeof(Bits) / 8); ++lane) {
@@ -215,21 +352,22 @@ static uint64_t fingerprint(const T* values, int64_t n) {
 // of w fetched 512 bytes ahead.
 template <class T>
 static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const T* w, int64_t first, int64_t last,
-                              T* out, int64_t ldo) {
-  using S = Simd<T>;
+                              SumOf<T>* out, int64_t ldo) {
+  using P = Product<T>;
+  using S = typename P::S;
   using V = typename S::V;
   constexpr int W = S::width;
   for (int64_t c = first; c < last; c += W)
     for (int64_t r = 0; r < n; ++r) {
       V sum[W] = {};
-      for (int64_t k = 0; k < K; k += W) {
-        const int lanes = (int)smaller(W, K - k);
-        const V value = S::load(rows[r] + k, lanes);
+      for (int64_t k = 0; k < K; k += W * P::depth) {
+        const int64_t values = smaller(W * P::depth, K - k);
+        const V value = P::load(rows[r] + k, values);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
           const T* weight = w + smaller(c + i, last - 1) * K + k;
           __builtin_prefetch(weight + 512 / sizeof(T));
-          sum[i] += value * S::load(weight, lanes);
+          sum[i] = P::dot(sum[i], value, P::load(weight, values));
         }
       }
       S::transpose(sum);
@@ -239,30 +377,63 @@ static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const 
     }
 }
 
-// out[k] = rows[k][first, first + columns) for k < n, filled with zeros up to whole vectors.
+// Packs columns [first, first + columns) of n rows as a panel.
 template <class T>
 static void pack_columns(const T* const* rows, int64_t n, int64_t first, int64_t columns, T* out) {
-  using S = Simd<T>;
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t c = 0; c < columns; c += S::width, out += S::width)
-      S::store(out, S::load(rows[k] + first + c, (int)smaller(S::width, columns - c)));
+  using P = Product<T>;
+  constexpr int W = P::S::width;
+  for (int64_t k = 0; k < n; k += P::depth)
+    for (int64_t c = 0; c < columns; c += W, out += W * P::depth)
+      P::store(out, P::across(rows + k, n - k, first + c, (int)smaller(W, columns - c)));
 }
 
-// Packs columns [first, last) of rows[0 .. K) into blocks for Transposed, max_rows columns each; missing ones are zero.
+// Packs panel p of a matrix whose rows are handed over one by one, in the order of k.
+template <class T>
+class PanelRows {
+ public:
+  PanelRows(const Panels<T>& packed, int64_t p)
+      : first_(packed.first(p)),
+        columns_(packed.last(p) - first_),
+        out_(packed.panel(p)),
+        stride_(packed.vectors_of(p) * Block<T>::width * Product<T>::depth) {}
+
+  FUSEDRNN_ALWAYS_INLINE void add(const T* row) {
+    rows_[count_++] = row;
+    if (count_ == Product<T>::depth) finish();
+  }
+  // To be called after the last row.
+  FUSEDRNN_ALWAYS_INLINE void finish() {
+    pack_columns(rows_, count_, first_, columns_, out_);
+    out_ += stride_;
+    count_ = 0;
+  }
+
+ private:
+  const T* rows_[Product<T>::depth];
+  int count_ = 0;
+  int64_t first_, columns_;
+  T* out_;
+  int64_t stride_;
+};
+
+// Packs columns [first, last) of rows[0 .. K) into blocks for Transposed, max_rows columns each; missing ones are zero,
+// and so are missing rows of the last group.
 template <class T>
 static void pack_blocks(const T* const* rows, int64_t K, int64_t first, int64_t last, T* out) {
-  constexpr int64_t MR = Block<T>::max_rows;
+  constexpr int64_t MR = Block<T>::max_rows, depth = Product<T>::depth;
   for (; first + MR <= last; first += MR)
-    for (int64_t k = 0; k < K; ++k, out += MR) __builtin_memcpy(out, rows[k] + first, MR * sizeof(T));
+    for (int64_t k = 0; k < K; k += depth, out += MR * depth)
+      Product<T>::template copy_across<MR>(rows + k, K - k, first, out);
   if (first < last)
-    for (int64_t k = 0; k < K; ++k, out += MR)
-      for (int64_t r = 0; r < MR; ++r) out[r] = first + r < last ? rows[k][first + r] : T(0);
+    for (int64_t k = 0; k < K; k += depth)
+      for (int64_t r = 0; r < MR; ++r)
+        for (int64_t i = 0; i < depth; ++i) *out++ = k + i < K && first + r < last ? rows[k + i][first + r] : T(0);
 }
 
 // sums[first, last) += the sums of those columns of rows[0 .. n).
 template <class T>
-static void add_rows(const T* const* rows, int64_t n, int64_t first, int64_t last, T* sums) {
-  using S = Simd<T>;
+static void add_rows(const T* const* rows, int64_t n, int64_t first, int64_t last, SumOf<T>* sums) {
+  using S = Simd<SumOf<T>>;
   using V = typename S::V;
   for (; first < last; first += S::width) {
     const int lanes = (int)smaller(S::width, last - first);

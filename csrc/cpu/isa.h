@@ -1,8 +1,9 @@
 // The body of every isa_*.cpp: the kernels of one instruction set, in a namespace of its own.
 //
-// FUSEDRNN_ISA_NAME names it, FUSEDRNN_ISA_TEST tells whether this processor runs it. No inline function of the
-// standard library may be called in here: the linker keeps one copy for all, perhaps one that other processors cannot
-// run.
+// FUSEDRNN_ISA_NAME names it, FUSEDRNN_ISA_TEST tells whether this processor runs it. FUSEDRNN_ISA_EXTENDS names a set
+// that it extends by instructions for bfloat16; then float and double have that set's kernels. No inline function of
+// the standard library may be called in here: the linker keeps one copy for all, perhaps one that other processors
+// cannot run.
 
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +33,11 @@ namespace FUSEDRNN_ISA_NAME {
 #include "probe.h"
 }  // namespace FUSEDRNN_ISA_NAME
 
+#ifndef FUSEDRNN_ISA_EXTENDS
+#define FUSEDRNN_ISA_EXTENDS FUSEDRNN_ISA_NAME
+#define FUSEDRNN_ISA_IS_WHOLE
+#endif
+
 #define FUSEDRNN_STRING_(x) #x
 #define FUSEDRNN_STRING(x) FUSEDRNN_STRING_(x)
 #define FUSEDRNN_JOIN_(a, b) a##b
@@ -45,11 +51,20 @@ namespace FUSEDRNN_ISA_NAME {
     }                                                                                      \
   }
 
+extern const Functions<float> FUSEDRNN_JOIN(FUSEDRNN_ISA_EXTENDS, _single)[];
+extern const Functions<double> FUSEDRNN_JOIN(FUSEDRNN_ISA_EXTENDS, _double)[];
+#ifdef FUSEDRNN_ISA_IS_WHOLE
+const Functions<float> FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _single)[] = FUSEDRNN_CELLS(float);
+const Functions<double> FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _double)[] = FUSEDRNN_CELLS(double);
+#endif
+static const Functions<bf16> FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _bf16)[] = FUSEDRNN_CELLS(bf16);
+
 extern const Kernels FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _kernels) = {
     FUSEDRNN_STRING(FUSEDRNN_ISA_NAME),
     [] { return static_cast<bool>(FUSEDRNN_ISA_TEST); },
-    FUSEDRNN_CELLS(float),
-    FUSEDRNN_CELLS(double),
+    FUSEDRNN_JOIN(FUSEDRNN_ISA_EXTENDS, _single),
+    FUSEDRNN_JOIN(FUSEDRNN_ISA_EXTENDS, _double),
+    FUSEDRNN_JOIN(FUSEDRNN_ISA_NAME, _bf16),
     {FUSEDRNN_ISA_NAME::probe_multiply_adds<float>, FUSEDRNN_ISA_NAME::probe_multiply_adds<double>,
      FUSEDRNN_ISA_NAME::probe_bf16, FUSEDRNN_ISA_NAME::probe_read}};
 

@@ -15,7 +15,7 @@ struct Functions {
 struct Probes {
   int64_t (*multiply_adds_single)(int64_t rounds);  // returns floating-point operations, as the next two do
   int64_t (*multiply_adds_double)(int64_t rounds);
-  int64_t (*(*dots_bf16)())(int64_t rounds);  // returns the probe; null where the processor has no such instruction
+  int64_t (*dots_bf16)(int64_t rounds);  // null where there is no instruction for it
   void (*read)(const void* data, int64_t bytes, int64_t rounds);
 };
 
@@ -23,12 +23,13 @@ struct Probes {
 struct Kernels {
   const char* name;
   bool (*runs_here)();
-  Functions<float> single_[static_cast<int>(CellKind::count)];
-  Functions<double> double_[static_cast<int>(CellKind::count)];
+  const Functions<float>* single_;  // of each cell, as the next two
+  const Functions<double>* double_;
+  const Functions<bf16>* bf16_;
   Probes probes;
 };
 
-extern const Kernels avx512_kernels, avx2_kernels, baseline_kernels;
+extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, baseline_kernels;
 
 // Facts of a cell that callers need to size what they pass.
 struct CellFacts {

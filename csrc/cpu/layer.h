@@ -8,9 +8,7 @@
 #include <cstdint>
 
 #include "../cells/cell.h"
-
-// Included by translation units compiled for different processors, which must not share an out-of-line copy.
-#define FUSEDRNN_ALWAYS_INLINE inline __attribute__((always_inline))
+#include "bf16.h"
 
 namespace fusedrnn {
 

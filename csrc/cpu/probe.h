@@ -22,32 +22,27 @@ int64_t probe_multiply_adds(int64_t rounds) {
   return rounds * probe_chains * Simd<T>::width * 2;
 }
 
-// The same with products of pairs of bfloat16 added to float32, where the processor has such an instruction.
-#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
-__attribute__((target("avx512bf16"))) inline int64_t probe_dots(int64_t rounds) {
+// The same with products of pairs of bfloat16 added to float32; null without an instruction for that.
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+inline int64_t probe_bf16(int64_t rounds) {
+  constexpr int chains = 16;       // six cycles each
   volatile int bits = 0x3f803f80;  // ones
   volatile float sink;
   const __m512bh a = (__m512bh)_mm512_set1_epi32(bits);
-  __m512 sum[probe_chains];
+  __m512 sum[chains];
   for (__m512& s : sum) s = _mm512_setzero_ps();
   for (int64_t k = 0; k < rounds; ++k)
-#pragma GCC unroll 12
-    for (int c = 0; c < probe_chains; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], a, a);
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], a, a);
   __m512 total = _mm512_setzero_ps();
   for (const __m512& s : sum) total = _mm512_add_ps(total, s);
   sink = total[0];
   (void)sink;
-  return rounds * probe_chains * 16 * 4;
+  return rounds * chains * 16 * 4;
 }
+#else
+constexpr int64_t (*probe_bf16)(int64_t rounds) = nullptr;
 #endif
-
-// `probe_dots` if it can run here, or null.
-inline int64_t (*probe_bf16())(int64_t rounds) {
-#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
-  if (__builtin_cpu_supports("avx512bf16")) return probe_dots;
-#endif
-  return nullptr;
-}
 
 // Reads memory from end to end. `bytes` is a multiple of 4096, `data` aligned for vectors.
 inline void probe_read(const void* data, int64_t bytes, int64_t rounds) {

@@ -92,9 +92,9 @@ static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t
 template <class T>
 struct Share {
   Range rows, units, outputs;  // sequences; panels of hidden units; panels of the output h
-  T* sums;                     // products of a group of rows with one panel per gate
+  SumOf<T>* sums;              // products of a group of rows with one panel per gate
   const T** left;              // rows to multiply
-  T** places;                  // where their products go
+  SumOf<T>** places;           // where their products go
   T* masked;                   // h as it enters the recurrent products, if they see it through a mask
 };
 
@@ -113,13 +113,14 @@ FUSEDRNN_INLINE void for_groups(int64_t first, int64_t last, F&& f) {
   }
 }
 
-// Calls f(Math<T, N>, j, lanes) for columns [first, last), two vectors at a time as long as both are full; `lanes` of
-// a single vector exist.
+// Calls f(Math<SumOf<T>, N>, j, lanes) for columns [first, last), two vectors at a time as long as both are full;
+// `lanes` of a single vector exist.
 template <class T, class F>
 FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
-  constexpr int64_t W = Simd<T>::width;
-  for (; first + 2 * W <= last; first += 2 * W) f(Math<T, 2>{}, first, (int)W);
-  for (; first < last; first += W) f(Math<T, 1>{}, first, (int)smaller(W, last - first));
+  using Sum = SumOf<T>;
+  constexpr int64_t W = Simd<Sum>::width;
+  for (; first + 2 * W <= last; first += 2 * W) f(Math<Sum, 2>{}, first, (int)W);
+  for (; first < last; first += W) f(Math<Sum, 1>{}, first, (int)smaller(W, last - first));
 }
 
 // The columns of some panels.
@@ -138,14 +139,15 @@ FUSEDRNN_INLINE V zoned_out(const Zoneout& zoneout, int s, int64_t place) {
 }
 
 // to[b] = from[b] times a mask of its own, for some columns.
-template <class T>
-static void apply_mask(const T* from, const T* mask, int64_t columns, T* to) {
+template <class Value, class T>
+static void apply_mask(const Value* from, const T* mask, int64_t columns, Value* to) {
   for (int64_t j = 0; j < columns; ++j) to[j] = from[j] * mask[j];
 }
 
 template <class T, class Cell>
 class ForwardPass {
-  using S = Simd<T>;
+  using Sum = SumOf<T>;
+  using S = Simd<Sum>;
   using V = typename S::V;
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states;
   static constexpr int64_t group = group_rows<T>;
@@ -160,7 +162,8 @@ class ForwardPass {
     // of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9 against 27.2).
     const int64_t bytes = G * a_.H * a_.I * (int64_t)sizeof(T);
     within_ = !a_.batch_invariant && plan_.rows >= 12 && bytes <= plan_.rows << 17 && bytes <= int64_t{1} << 23;
-    in_place_ = a_.saved && Cell::kept && !a_.recompute;
+    keeps_gates_ = a_.saved && Cell::kept && !a_.recompute;
+    in_place_ = keeps_gates_ && sizeof(T) == sizeof(Sum);
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
     const int64_t weights = a_.directions * G * a_.H * (a_.I + a_.R) * (int64_t)sizeof(T);
     const bool may_keep = !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)kept_limit();
@@ -233,17 +236,17 @@ class ForwardPass {
     const int64_t B = a_.seq.B;
     if (!keeps_) lay_out_weights(arena);
     for (int g = 0; g < G; ++g) {
-      bias_x_[g] = arena.take<T>(state_width_);
-      bias_r_[g] = arena.take<T>(state_width_);
+      bias_x_[g] = arena.take<Sum>(state_width_);
+      bias_r_[g] = arena.take<Sum>(state_width_);
     }
     for (T*& h : h_) h = arena.take<T>(B * output_width_);
-    for (int s = 1; s < states; ++s) state_[s] = arena.take<T>(B * state_width_);
-    if (a_.projected) state_[0] = arena.take<T>(B * state_width_);
-    if (!in_place_ && !within_) gates_ = arena.take<T>(plan_.chunk * B * gates_width_);
+    for (int s = 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
+    if (a_.projected) unprojected_ = arena.take<T>(B * state_width_);
+    if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
-    sums_ = arena.take<T>(plan_.threads * sums_size());
+    sums_ = arena.take<Sum>(plan_.threads * sums_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
-    places_ = arena.take<T*>(plan_.threads * pointers());
+    places_ = arena.take<Sum*>(plan_.threads * pointers());
   }
 
   static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
@@ -290,7 +293,7 @@ class ForwardPass {
   static constexpr bool apart(int g) { return Cell::input_slot[g] != Cell::recurrent_slot[g]; }
 
   // out = or += n rows times panel p of w; or =, where w is not packed, times the same columns of its origin.
-  void multiply(const T* const* rows, int64_t n, const Panels<T>& w, int64_t p, const T* unpacked, T* out,
+  void multiply(const T* const* rows, int64_t n, const Panels<T>& w, int64_t p, const T* unpacked, Sum* out,
                 bool add = false) const {
     const int nv = w.vectors_of(p);
     if (w.data)
@@ -309,9 +312,9 @@ class ForwardPass {
       pack(of(d, w_ih_[g]), p, w.w_ih + g * H * a_.I, d * fingerprints() + item);
       pack(of(d, w_hh_[g]), p, w.w_hh + g * H * a_.R, d * fingerprints() + G * panels + item);
       for (int64_t j = w_hh_[g].first(p); j < w_hh_[g].last(p); ++j) {
-        const T x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
+        const Sum x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
         bias_x_[g][j] = apart(g) ? x : x + r;
-        bias_r_[g][j] = apart(g) ? r : T(0);
+        bias_r_[g][j] = apart(g) ? r : Sum(0);
       }
     }
     if (a_.projected) {
@@ -347,10 +350,16 @@ class ForwardPass {
     pack_transposed(packed, p, w);
   }
 
-  // Where the input products of row b at order i, and later what backward needs, are kept.
-  T* gates_at(int d, int64_t begin, int64_t i, int64_t b) const {
-    if (!in_place_) return within_ ? nullptr : gates_ + ((i - begin) * a_.seq.B + b) * gates_width_;
-    return saved(d).kept + (a_.seq.start(time(d, i)) + b) * gates_width_;
+  // Where the input products of row b at order i wait for their step.
+  Sum* products_at(int d, int64_t begin, int64_t i, int64_t b) const {
+    if (within_) return nullptr;
+    if (!in_place_) return gates_ + ((i - begin) * a_.seq.B + b) * gates_width_;
+    return reinterpret_cast<Sum*>(kept_at(d, i, b));
+  }
+
+  // Where backward will find what the cell keeps of row b at order i.
+  T* kept_at(int d, int64_t i, int64_t b) const {
+    return saved(d).kept + (a_.seq.start(time(d, i)) + b) * Cell::kept * a_.H;
   }
 
   Saved<T> saved(int d) const {
@@ -366,7 +375,7 @@ class ForwardPass {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t b = share.rows.first; b < smaller(share.rows.last, a_.seq.size(time(d, i))); ++b) {
         share.left[count] = a_.input.at(a_.seq, time(d, i), b);
-        share.places[count++] = gates_at(d, begin, i, b);
+        share.places[count++] = products_at(d, begin, i, b);
       }
     for (int64_t p = share.units.first; p < share.units.last; ++p)
       for (int g = 0; g < G; ++g) {
@@ -421,8 +430,9 @@ class ForwardPass {
 
   // Where one row's values of one step go; null what is not wanted.
   struct Destination {
-    T *gates, *h, *output;
-    T* state[states];        // carried states but h
+    Sum* products;  // of the inputs, unless the step makes them
+    T *kept, *h, *output;
+    Sum* state[states];      // carried states but h
     T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
     int64_t lots[states];    // of zoneout
@@ -430,8 +440,9 @@ class ForwardPass {
 
   Destination destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b) const {
     Destination to{};
-    to.gates = gates_at(d, begin, i, b);
-    to.h = a_.projected ? state_[0] + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
+    to.products = products_at(d, begin, i, b);
+    if (keeps_gates_) to.kept = kept_at(d, i, b);
+    to.h = a_.projected ? unprojected_ + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
     if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
     for (int s = 1; s < states; ++s) {
       to.state[s] = state_[s] + b * state_width_;
@@ -445,7 +456,7 @@ class ForwardPass {
 
   // The gates of units [j, j + M::width) of one row.
   template <class M, class V = typename M::V>
-  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const T* sums, int64_t plane,
+  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const Sum* sums, int64_t plane,
                                                    int64_t j, int lanes) const {
     V x[G], r[G], prev[states], next[states], keep[Cell::slots];
     for (int g = 0; g < G; ++g) {
@@ -453,7 +464,7 @@ class ForwardPass {
         x[g] = M::load(bias_x_[g] + j);
         if (apart(g)) x[g] = x[g] + M::load(sums + Cell::input_slot[g] * plane);
       } else {
-        x[g] = M::load(to.gates + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, lanes);
+        x[g] = M::load(to.products + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, lanes);
       }
       r[g] = M::load(sums + Cell::recurrent_slot[g] * plane);
       if (apart(g)) r[g] = r[g] + M::load(bias_r_[g] + j);
@@ -463,8 +474,8 @@ class ForwardPass {
     Cell::template forward<M>(x, r, prev, next, keep);
     for (int s = 0; s < states; ++s)
       if (a_.zoneout.rate[s] > 0) {
-        const V stays = zoned_out<M, T>(a_.zoneout, s, to.lots[s] + j);
-        next[s] = M::multiply_add(stays, prev[s], (T(1) - stays) * next[s]);
+        const V stays = zoned_out<M, Sum>(a_.zoneout, s, to.lots[s] + j);
+        next[s] = M::multiply_add(stays, prev[s], (Sum(1) - stays) * next[s]);
       }
     M::store(to.h + j, next[0]);
     for (int s = 1; s < states; ++s) {
@@ -472,8 +483,8 @@ class ForwardPass {
       if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
     }
     if (to.output) M::store(to.output + j, next[0], lanes);
-    if (in_place_)
-      for (int k = 0; k < Cell::kept; ++k) M::store(to.gates + k * a_.H + j, keep[k], lanes);
+    if (keeps_gates_)
+      for (int k = 0; k < Cell::kept; ++k) M::store(to.kept + k * a_.H + j, keep[k], lanes);
     if (a_.saved)
       for (int s = 0; s < states; ++s) M::store(to.saved_state[s] + j, next[s], lanes);
   }
@@ -485,7 +496,7 @@ class ForwardPass {
     for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
       const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
       for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
-        for (int64_t k = 0; k < n; ++k) share.left[k] = state_[0] + (row + k) * state_width_;
+        for (int64_t k = 0; k < n; ++k) share.left[k] = unprojected_ + (row + k) * state_width_;
         multiply(share.left, n, of(d, w_hr_), p, a_.weights[d].w_hr, share.sums);
         for (int64_t k = 0; k < n; ++k)
           for (int64_t j = 0; j < columns; j += W) {
@@ -506,10 +517,11 @@ class ForwardPass {
     const int64_t stay = i + 1 < a_.seq.T ? smaller(active, a_.seq.size(time(d, i + 1))) : 0;
     for (int64_t b = larger(share.rows.first, stay); b < smaller(share.rows.last, active); ++b)
       for (int s = 0; s < states; ++s) {
-        const T* from = carried(s, i + 1, b);
         T* to = a_.final[s] + a_.state_at(d, s, b);
         const Range mine = columns(share, s);
-        for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from[j];
+        with_carried(s, i + 1, b, [&](auto* from) {
+          for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from[j];
+        });
       }
   }
 
@@ -519,15 +531,20 @@ class ForwardPass {
       if (a_.seq.cut(d, i, b))
         for (int s = 0; s < states; ++s) {
           const T* from = a_.initial(d, s, i, b);
-          T* to = carried(s, i, b);
           const Range mine = columns(share, s);
-          for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from ? from[j] : T(0);
+          with_carried(s, i, b, [&](auto* to) {
+            for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from ? from[j] : T(0);
+          });
         }
   }
 
-  // State s of one row as it enters order i.
-  T* carried(int s, int64_t i, int64_t b) const {
-    return s == 0 ? h_[i & 1] + b * output_width_ : state_[s] + b * state_width_;
+  // Calls f with state s of one row as it enters order i.
+  template <class F>
+  void with_carried(int s, int64_t i, int64_t b, F&& f) const {
+    if (s == 0)
+      f(h_[i & 1] + b * output_width_);
+    else
+      f(state_[s] + b * state_width_);
   }
 
   // The columns of state s that one thread computes.
@@ -541,6 +558,7 @@ class ForwardPass {
   int team_size_ = 0;
   const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
   bool within_;                               // a step projects its inputs itself
+  bool keeps_gates_;                          // for backward
   bool in_place_;                             // input products lie where backward will find the gates
   int64_t gates_width_;
   bool packs_, keeps_;      // weights are packed; for later calls too
@@ -548,17 +566,19 @@ class ForwardPass {
   uint64_t* fingerprints_;  // of the weights that the kept panels were packed from
   int64_t between_directions_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_;
-  T *bias_x_[G], *bias_r_[G];
-  T* h_[2];           // h of the previous step and of this one, in turn
-  T* state_[states];  // the other states; [0] is what a projection projects
-  T *gates_, *sums_, *masked_;
+  Sum *bias_x_[G], *bias_r_[G];
+  T* h_[2];             // h of the previous step and of this one, in turn
+  Sum* state_[states];  // the other states
+  T *unprojected_, *masked_;
+  Sum *gates_, *sums_;
   const T** left_;
-  T** places_;
+  Sum** places_;
 };
 
 template <class T, class Cell>
 class BackwardPass {
-  using S = Simd<T>;
+  using Sum = SumOf<T>;
+  using S = Simd<Sum>;
   using V = typename S::V;
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states, slots = Cell::slots;
   static constexpr int64_t group = group_rows<T>, block = Block<T>::max_rows;
@@ -570,7 +590,7 @@ class BackwardPass {
         plan_(make_plan<T>(args, G, threads, backward_chunk(args), 3e4)),
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
-        apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(T) <= largest_private) {}
+        apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private) {}
 
   int planned_threads() const { return plan_.threads; }
 
@@ -591,7 +611,7 @@ class BackwardPass {
     Range rows, units, outputs;  // sequences; panels of hidden units; panels of h (the units' unless projected)
     // The same of the products over a chunk's tokens.
     Range token_rows, token_units, token_outputs;
-    T* sums;         // products of a group of rows with a panel
+    Sum* sums;       // products of a group of rows with a panel
     const T** left;  // rows to multiply
     // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
     const T **x, **h_before, **unprojected, **d_slots, **d_h;
@@ -599,17 +619,17 @@ class BackwardPass {
     // Of each token of a chunk that this thread's rows have, for the steps' values again.
     const T **again_x, **again_h, **again_prev[states];
     T** again_to;
-    T* panel;                // a panel of such rows
-    T* blocks;               // the gate gradients, packed for products over tokens
-    T* sum_slots;            // the gate gradients added up over tokens: the biases' gradients
-    Weights<T> sum_weights;  // where this thread adds up the weights' gradients; null what is not wanted
+    T* panel;                  // a panel of such rows
+    T* blocks;                 // the gate gradients, packed for products over tokens
+    Sum* sum_slots;            // the gate gradients added up over tokens: the biases' gradients
+    Weights<Sum> sum_weights;  // where this thread adds up the weights' gradients; null what is not wanted
   };
 
   // Tokens between two additions to the gradients of the weights: as few as leave those additions cheap, for the fewer
   // the tokens the closer to the processor their gate gradients stay. Backward of LSTM 100,32,128,128 took 11.3 ms with
   // 512, 10.3 with 128; of 100,32,512,512 138 with 512, 154 with 128 (Zen 5).
   static int64_t backward_chunk(const Layer<T>& a) {
-    const int64_t bytes = G * a.H * (a.I + a.R) * (int64_t)sizeof(T);
+    const int64_t bytes = G * a.H * (a.I + a.R) * (int64_t)sizeof(Sum);
     return larger(128, smaller(512, bytes / 16384));
   }
 
@@ -626,7 +646,9 @@ class BackwardPass {
   int64_t sums_size() const { return (again() ? slots : 1) * group * Block<T>::max_columns; }
   // Products over tokens take this many at a time.
   int64_t slice() const { return larger(1, smaller(512, chunk_tokens())); }
-  int64_t blocks_size() const { return slice() * larger(slots * round_up(a_.H, block), round_up(a_.R, block)); }
+  // Whole groups of tokens.
+  int64_t padded(int64_t tokens) const { return round_up(tokens, Product<T>::depth); }
+  int64_t blocks_size() const { return padded(slice()) * larger(slots * round_up(a_.H, block), round_up(a_.R, block)); }
   int64_t weights_size() const { return G * a_.H * (a_.I + a_.R) + (a_.projected ? a_.R * a_.H : 0); }
 
   void lay_out(Arena& arena) {
@@ -638,17 +660,21 @@ class BackwardPass {
       w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
       d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
     }
-    for (int s = 0; s < states; ++s) carry_[s] = arena.take<T>(B * (s == 0 ? output_width_ : state_width_));
+    for (int s = 0; s < states; ++s) carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_));
     d_slots_ = arena.take<T>(plan_.chunk * B * slots_width());
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
-    sums_ = arena.take<T>(threads * sums_size());
+    sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
     tokens_ = arena.take<const T*>(threads * 5 * tokens);
     d_x_ = arena.take<T*>(threads * tokens);
-    panels_ = arena.take<T>(threads * slice() * panel_columns);
+    panels_ = arena.take<T>(threads * padded(slice()) * panel_columns);
     blocks_ = arena.take<T>(threads * blocks_size());
-    sum_slots_ = arena.take<T>(threads * slots_width());
-    if (apart_) private_ = arena.take<T>((threads - 1) * weights_size());
+    sum_slots_ = arena.take<Sum>(threads * slots_width());
+    private_ = arena.take<Sum>(((apart_ ? threads : 1) - first_private) * weights_size());
+    for (int s = 0; s < states; ++s) {
+      d_reset_[s] = as_sums(a_.d_reset_state[s]);
+      if (a_.d_reset_state[s] && !d_reset_[s]) d_reset_[s] = arena.take<Sum>(a_.directions * B * a_.state_width(s));
+    }
     if (a_.h_mask) masked_ = arena.take<T>(plan_.chunk * B * a_.R);
     if (again()) lay_out_again(arena, vectors);
   }
@@ -658,8 +684,8 @@ class BackwardPass {
     for (int g = 0; g < G; ++g) {
       again_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
       again_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
-      bias_x_[g] = arena.take<T>(state_width_);
-      bias_r_[g] = arena.take<T>(state_width_);
+      bias_x_[g] = arena.take<Sum>(state_width_);
+      bias_r_[g] = arena.take<Sum>(state_width_);
     }
     kept_ = arena.take<T>(plan_.chunk * a_.seq.B * kept_width());
     again_lists_ = arena.take<const T*>((2 + states) * listed);
@@ -685,7 +711,7 @@ class BackwardPass {
     o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
     o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
     o.d_x = d_x_ + rank * tokens;
-    o.panel = panels_ + rank * slice() * panel_columns;
+    o.panel = panels_ + rank * padded(slice()) * panel_columns;
     o.blocks = blocks_ + rank * blocks_size();
     o.sum_slots = sum_slots_ + rank * slots_width();
     if (again()) {
@@ -698,11 +724,17 @@ class BackwardPass {
     return o;
   }
 
-  // Apart, every thread but the first adds up in memory of its own; else each has its own rows of the result.
-  Weights<T> sum_weights(int d, int rank) const {
+  // Results as memory for sums; null where they are narrower.
+  static Sum* as_sums(T* results) { return sizeof(T) == sizeof(Sum) ? reinterpret_cast<Sum*>(results) : nullptr; }
+
+  // Apart, every thread but the first adds up in memory of its own; else each has its own rows of the result. Where the
+  // results are narrower than sums they are rounded at the end, and the first adds up in such memory too.
+  static constexpr int first_private = sizeof(T) == sizeof(Sum) ? 1 : 0;
+  Weights<Sum> sum_weights(int d, int rank) const {
     const Weights<T>& wanted = a_.d_weights[d];
-    if (rank == 0 || !apart_) return wanted;
-    T* mine = private_ + (rank - 1) * weights_size();
+    const int place = (apart_ ? rank : 0) - first_private;
+    if (place < 0) return {as_sums(wanted.w_ih), as_sums(wanted.w_hh), nullptr, nullptr, as_sums(wanted.w_hr)};
+    Sum* mine = private_ + place * weights_size();
     return {wanted.w_ih ? mine : nullptr, wanted.w_hh ? mine + G * a_.H * a_.I : nullptr, nullptr, nullptr,
             wanted.w_hr ? mine + G * a_.H * (a_.I + a_.R) : nullptr};
   }
@@ -756,8 +788,11 @@ class BackwardPass {
     if (a_.d_input.data) pack_gates(w_ih_, w.w_ih, a_.I, Cell::input_slot, 0, team);
     if (a_.projected) {
       const Range mine = part(w_hr_.count(), team.rank, team.size);
-      for (int64_t p = mine.first; p < mine.last; ++p)
-        for (int64_t r = 0; r < a_.R; ++r) pack_row(w_hr_, p, r, w.w_hr + r * a_.H);
+      for (int64_t p = mine.first; p < mine.last; ++p) {
+        PanelRows<T> rows(w_hr_, p);
+        for (int64_t r = 0; r < a_.R; ++r) rows.add(w.w_hr + r * a_.H);
+        rows.finish();
+      }
     }
     if (again()) pack_again(w, team);
     const Range rows = part(a_.seq.B, team.rank, team.size);
@@ -767,10 +802,10 @@ class BackwardPass {
         const int64_t at = a_.state_at(d, s, b);
         const bool empty = b >= a_.seq.size(0);
         for (int64_t j = 0; j < padded; ++j) {
-          const T value = a_.d_final[s] && j < width ? a_.d_final[s][at + j] : T(0);
+          const Sum value = a_.d_final[s] && j < width ? a_.d_final[s][at + j] : T(0);
           carry_[s][b * padded + j] = value;
           if (empty && j < width && a_.d_hx[s]) a_.d_hx[s][at + j] = value;
-          if (j < width && a_.d_reset_state[s]) a_.d_reset_state[s][at + j] = 0;
+          if (j < width && d_reset_[s]) d_reset_[s][at + j] = 0;
         }
       }
     }
@@ -781,15 +816,14 @@ class BackwardPass {
   // Packs w (G*H x columns) with its gates in the order of their slots.
   void pack_gates(Panels<T>& packed, const T* w, int64_t columns, const int* slot, int first_slot, const Team& team) {
     const Range mine = part(packed.count(), team.rank, team.size);
-    for (int64_t p = mine.first; p < mine.last; ++p)
-      for (int g = 0; g < G; ++g)
-        for (int64_t j = 0; j < a_.H; ++j)
-          pack_row(packed, p, (slot[g] - first_slot) * a_.H + j, w + (g * a_.H + j) * columns);
-  }
-
-  static void pack_row(Panels<T>& packed, int64_t p, int64_t k, const T* row) {
-    const int64_t first = packed.first(p);
-    pack_columns(&row, 1, first, packed.last(p) - first, packed.panel(p) + k * packed.vectors_of(p) * W);
+    int gate[slots];
+    for (int g = 0; g < G; ++g) gate[slot[g] - first_slot] = g;
+    for (int64_t p = mine.first; p < mine.last; ++p) {
+      PanelRows<T> rows(packed, p);
+      for (int k = 0; k < G; ++k)
+        for (int64_t j = 0; j < a_.H; ++j) rows.add(w + (gate[k] * a_.H + j) * columns);
+      rows.finish();
+    }
   }
 
   // What forward packs to compute the gates.
@@ -835,7 +869,7 @@ class BackwardPass {
       const int64_t ldo = nv * W, plane = group * ldo;
       for_groups<T>(0, count, [&](int64_t token, int64_t n) {
         for (int g = 0; g < G; ++g) {
-          T *x = o.sums + Cell::input_slot[g] * plane, *r = o.sums + Cell::recurrent_slot[g] * plane;
+          Sum *x = o.sums + Cell::input_slot[g] * plane, *r = o.sums + Cell::recurrent_slot[g] * plane;
           multiply_panel(o.again_x + token, n, a_.I, again_ih_[g].panel(p), nv, x, ldo);
           multiply_panel(o.again_h + token, n, a_.R, again_hh_[g].panel(p), nv, r, ldo, x == r);
         }
@@ -848,7 +882,7 @@ class BackwardPass {
   }
 
   template <class M, class V = typename M::V>
-  inline __attribute__((always_inline)) void gates_again(const Own& o, int64_t token, const T* sums, int64_t plane,
+  inline __attribute__((always_inline)) void gates_again(const Own& o, int64_t token, const Sum* sums, int64_t plane,
                                                          int64_t j, int lanes) const {
     V x[G], r[G], prev[states], next[states], keep[slots];
     for (int g = 0; g < G; ++g) {
@@ -940,7 +974,7 @@ class BackwardPass {
     multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo);
     if (a_.h_mask)
       for (int64_t k = 0; k < n; ++k) {
-        T* sums = o.sums + k * ldo;
+        Sum* sums = o.sums + k * ldo;
         apply_mask(sums, a_.h_mask + a_.state_at(d, 0, row + k) + first, w_hh_.last(p) - first, sums);
       }
     if (!a_.seq.resets) return;
@@ -953,8 +987,8 @@ class BackwardPass {
 
   // What goes back to state s of a sequence, beyond the start of a segment, is the reset state's gradient and ends
   // there.
-  void leave_segment(int d, int s, int64_t b, Range columns, T* gradient) {
-    T* to = a_.d_reset_state[s] ? a_.d_reset_state[s] + a_.state_at(d, s, b) : nullptr;
+  void leave_segment(int d, int s, int64_t b, Range columns, Sum* gradient) {
+    Sum* to = d_reset_[s] ? d_reset_[s] + a_.state_at(d, s, b) : nullptr;
     for (int64_t j = columns.first; j < columns.last; ++j) {
       if (to) to[j] += gradient[j - columns.first];
       gradient[j - columns.first] = 0;
@@ -967,7 +1001,7 @@ class BackwardPass {
     for (int64_t k = 0; k < n; ++k) {
       const int64_t b = row + k;
       const T* given = a_.d_output.data ? a_.d_output.at(a_.seq, time(d, i), b) + d * a_.R + first : nullptr;
-      T* carry = carry_[0] + b * output_width_ + first;
+      Sum* carry = carry_[0] + b * output_width_ + first;
       for (int64_t j = 0; j < columns; j += W) {
         V sum = S::load(o.sums + k * ldo + j) + S::load(carry + j);
         if (given) sum += S::load(given + j, (int)smaller(W, columns - j));
@@ -1014,9 +1048,9 @@ class BackwardPass {
         for (int s = 0; s < states; ++s) {
           d_past[s] = M::zero();
           if (a_.zoneout.rate[s] > 0) {
-            const auto stays = zoned_out<M, T>(a_.zoneout, s, a_.lots_at(d, s, time(d, i), b) + j);
+            const auto stays = zoned_out<M, Sum>(a_.zoneout, s, a_.lots_at(d, s, time(d, i), b) + j);
             d_past[s] = stays * d_next[s];
-            d_next[s] = (T(1) - stays) * d_next[s];
+            d_next[s] = (Sum(1) - stays) * d_next[s];
           }
         }
         Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
@@ -1033,7 +1067,7 @@ class BackwardPass {
     const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) {
       T* to = a_.d_hx[0] + a_.state_at(d, 0, row + k) + first;
-      const T* carry = carry_[0] + (row + k) * output_width_ + first;
+      const Sum* carry = carry_[0] + (row + k) * output_width_ + first;
       for (int64_t j = 0; j < columns; ++j) to[j] = o.sums[k * ldo + j] + carry[j];
     }
   }
@@ -1083,14 +1117,14 @@ class BackwardPass {
 
   // Gradients of weights and biases from n tokens of the list: sums of d_slots^T x, d_slots^T h, d_h^T (o tanh c).
   void weight_gradients(int d, const Own& o, int64_t token, int64_t n, bool add) {
-    const Weights<T>& to = o.sum_weights;
+    const Weights<Sum>& to = o.sum_weights;
     const Weights<T>& wanted = a_.d_weights[d];
     const Range columns = columns_of(units(), o.token_units), outputs = columns_of(w_hh_, o.token_outputs);
     if (wanted.b_ih || wanted.b_hh)
       for (int s = 0; s < slots; ++s)
         add_rows(o.d_slots + token, n, s * a_.H + columns.first, s * a_.H + columns.last, o.sum_slots);
     if (to.w_ih || to.w_hh) {
-      const int64_t each = round_up(columns.last - columns.first, block) * n;
+      const int64_t each = round_up(columns.last - columns.first, block) * padded(n);
       for (int s = 0; s < slots; ++s)
         pack_blocks(o.d_slots + token, n, s * a_.H + columns.first, s * a_.H + columns.last, o.blocks + s * each);
       if (to.w_ih) products(o, n, Cell::input_slot, G, each, columns, a_.H, o.x + token, a_.I, to.w_ih, add);
@@ -1105,7 +1139,7 @@ class BackwardPass {
 
   // to[g * height + u][c] = or += sum over n tokens of column u of slot[g]'s blocks times rows[token][c].
   void products(const Own& o, int64_t n, const int* slot, int gates, int64_t each, Range mine, int64_t height,
-                const T* const* rows, int64_t columns, T* to, bool add) {
+                const T* const* rows, int64_t columns, Sum* to, bool add) {
     for (int64_t c = 0; c < columns; c += panel_columns) {
       const int64_t width = smaller(panel_columns, columns - c);
       const int nv = (int)ceil_div(width, W);
@@ -1113,8 +1147,8 @@ class BackwardPass {
       for (int g = 0; g < gates; ++g)
         for (int64_t u = mine.first; u < mine.last; u += block) {
           const int m = (int)smaller(block, mine.last - u);
-          const T* left = o.blocks + slot[g] * each + (u - mine.first) * n;
-          T* place = to + (g * height + u) * columns + c;
+          const T* left = o.blocks + slot[g] * each + (u - mine.first) * padded(n);
+          Sum* place = to + (g * height + u) * columns + c;
           if (width == nv * W) {
             with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, place, columns, add});
             continue;
@@ -1122,7 +1156,7 @@ class BackwardPass {
           with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, o.sums, nv * W, false});
           for (int k = 0; k < m; ++k)
             for (int64_t j = 0; j < width; ++j)
-              place[k * columns + j] = o.sums[k * nv * W + j] + (add ? place[k * columns + j] : T(0));
+              place[k * columns + j] = o.sums[k * nv * W + j] + (add ? place[k * columns + j] : Sum(0));
         }
     }
   }
@@ -1130,19 +1164,29 @@ class BackwardPass {
   // Adds up what the threads have gathered.
   void reduce(int d, const Team& team) {
     const Weights<T>& to = a_.d_weights[d];
+    const Weights<Sum> sums = sum_weights(d, 0);
+    const int64_t of_input = G * a_.H * a_.I, of_h = G * a_.H * a_.R, of_projection = a_.R * a_.H;
     if (apart_)
       for (int rank = 1; rank < team.size; ++rank) {
-        const Weights<T> from = sum_weights(d, rank);
-        add_part(to.w_ih, from.w_ih, G * a_.H * a_.I, team);
-        add_part(to.w_hh, from.w_hh, G * a_.H * a_.R, team);
-        add_part(to.w_hr, from.w_hr, a_.R * a_.H, team);
+        const Weights<Sum> from = sum_weights(d, rank);
+        add_part(sums.w_ih, from.w_ih, of_input, team);
+        add_part(sums.w_hh, from.w_hh, of_h, team);
+        add_part(sums.w_hr, from.w_hr, of_projection, team);
+      }
+    round_part(sums.w_ih, to.w_ih, of_input, team);
+    round_part(sums.w_hh, to.w_hh, of_h, team);
+    round_part(sums.w_hr, to.w_hr, of_projection, team);
+    for (int s = 0; s < states; ++s)
+      if (a_.d_reset_state[s]) {
+        const int64_t count = a_.seq.B * a_.state_width(s);
+        round_part(d_reset_[s] + d * count, a_.d_reset_state[s] + d * count, count, team);
       }
     if (team.rank != 0) return;
     for (int g = 0; g < G; ++g)
       for (int64_t j = 0; j < a_.H; ++j) {
-        T input = 0, recurrent = 0;
+        Sum input = 0, recurrent = 0;
         for (int rank = 0; rank < team.size; ++rank) {
-          const T* sums = sum_slots_ + rank * slots_width();
+          const Sum* sums = sum_slots_ + rank * slots_width();
           input += sums[Cell::input_slot[g] * a_.H + j];
           recurrent += sums[Cell::recurrent_slot[g] * a_.H + j];
         }
@@ -1151,10 +1195,17 @@ class BackwardPass {
       }
   }
 
-  static void add_part(T* to, const T* from, int64_t count, const Team& team) {
+  static void add_part(Sum* to, const Sum* from, int64_t count, const Team& team) {
     if (!to) return;
     const Range mine = part(count, team.rank, team.size);
     for (int64_t k = mine.first; k < mine.last; ++k) to[k] += from[k];
+  }
+
+  // Sums that are not yet in the result.
+  static void round_part(const Sum* sums, T* to, int64_t count, const Team& team) {
+    if (!to || as_sums(to)) return;
+    const Range mine = part(count, team.rank, team.size);
+    for (int64_t k = mine.first; k < mine.last; ++k) to[k] = sums[k];
   }
 
   const Backward<T>& a_;
@@ -1165,14 +1216,16 @@ class BackwardPass {
   // by units after a meeting of all at the end of each chunk.
   const bool apart_;
   Panels<T> w_ih_, w_hh_, w_hr_;
-  T* carry_[states];   // gradients that reach the states from the step after, except through the products
-  T *d_slots_, *d_h_;  // rings of a chunk's steps: gradients of the slots, and of a projected h
-  T *zeros_, *sums_, *panels_, *blocks_, *sum_slots_, *private_;
+  Sum* carry_[states];  // gradients that reach the states from the step after, except through the products
+  T *d_slots_, *d_h_;   // rings of a chunk's steps: gradients of the slots, and of a projected h
+  T *zeros_, *panels_, *blocks_;
+  Sum *sums_, *sum_slots_, *private_;
+  Sum* d_reset_[states];  // where the gradients of the reset states are added up; null what is not wanted
   const T **left_, **tokens_;
   T** d_x_;
   T* masked_;  // ring of h as it enters the recurrent products, if they see it through a mask
   Panels<T> again_ih_[G], again_hh_[G];
-  T *bias_x_[G], *bias_r_[G];
+  Sum *bias_x_[G], *bias_r_[G];
   T* kept_;  // ring of what is computed again: what the cell keeps, then its states
   const T** again_lists_;
   T** again_to_;

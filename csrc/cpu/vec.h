@@ -117,6 +117,34 @@ struct Simd {
 #endif
   }
 
+  // bfloat16 in memory, float in registers. Half a vector of the upper halves of floats.
+  typedef uint16_t Halves __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+  typedef uint16_t UnalignedHalves __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+  FUSEDRNN_INLINE V load(const bf16* p) { return widen(*reinterpret_cast<const UnalignedHalves*>(p)); }
+  FUSEDRNN_INLINE void store(bf16* p, V v) { *reinterpret_cast<UnalignedHalves*>(p) = narrow(v); }
+
+  FUSEDRNN_INLINE V load(const bf16* p, int n) {
+    if (n >= width) return load(p);
+    Halves halves{};
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    halves = (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#else
+    for (int lane = 0; lane < n; ++lane) halves[lane] = p[lane].bits;
+#endif
+    return widen(halves);
+  }
+
+  FUSEDRNN_INLINE void store(bf16* p, V v, int n) {
+    if (n >= width) return store(p, v);
+    const Halves halves = narrow(v);
+#if defined(__AVX512F__) && FUSEDRNN_VECTOR_BYTES == 64
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)halves);
+#else
+    for (int lane = 0; lane < n; ++lane) p[lane].bits = halves[lane];
+#endif
+  }
+
   // v[i][j] becomes v[j][i]: blocks of half the width are exchanged, then of a quarter, ...
   template <int half = width / 2>
   FUSEDRNN_INLINE void transpose(V (&v)[width]) {
@@ -133,6 +161,18 @@ struct Simd {
     Bits lanes;
     for (int lane = 0; lane < width; ++lane) lanes[lane] = lane;
     return lanes < (Int)n;
+  }
+
+  FUSEDRNN_INLINE V widen(Halves halves) { return (V)(__builtin_convertvector(halves, Bits) << 16); }
+
+  // As the constructor of bf16 does; the instruction for it takes what is nearer to zero than 2^-126 for zero.
+  FUSEDRNN_INLINE Halves narrow(V v) {
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const Bits bits = (Bits)v;
+    return __builtin_convertvector((v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16, Halves);
+#endif
   }
 
   template <int half, int... lane>
@@ -169,10 +209,22 @@ struct Vectors<T, 1> {
   FUSEDRNN_INLINE V map(Op op, Args... args) {
     return op(args...);
   }
-  FUSEDRNN_INLINE V load(const T* p) { return S::load(p); }
-  FUSEDRNN_INLINE V load(const T* p, int lanes) { return S::load(p, lanes); }
-  FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v); }
-  FUSEDRNN_INLINE void store(T* p, V v, int lanes) { S::store(p, v, lanes); }
+  template <class Value>
+  FUSEDRNN_INLINE V load(const Value* p) {
+    return S::load(p);
+  }
+  template <class Value>
+  FUSEDRNN_INLINE V load(const Value* p, int lanes) {
+    return S::load(p, lanes);
+  }
+  template <class Value>
+  FUSEDRNN_INLINE void store(Value* p, V v) {
+    S::store(p, v);
+  }
+  template <class Value>
+  FUSEDRNN_INLINE void store(Value* p, V v, int lanes) {
+    S::store(p, v, lanes);
+  }
 };
 
 template <class T>
@@ -183,10 +235,22 @@ struct Vectors<T, 2> {
   FUSEDRNN_INLINE V map(Op op, Args... args) {
     return {op(args.first...), op(args.second...)};
   }
-  FUSEDRNN_INLINE V load(const T* p) { return {S::load(p), S::load(p + S::width)}; }
-  FUSEDRNN_INLINE V load(const T* p, int) { return load(p); }
-  FUSEDRNN_INLINE void store(T* p, V v) { S::store(p, v.first), S::store(p + S::width, v.second); }
-  FUSEDRNN_INLINE void store(T* p, V v, int) { store(p, v); }
+  template <class Value>
+  FUSEDRNN_INLINE V load(const Value* p) {
+    return {S::load(p), S::load(p + S::width)};
+  }
+  template <class Value>
+  FUSEDRNN_INLINE V load(const Value* p, int) {
+    return load(p);
+  }
+  template <class Value>
+  FUSEDRNN_INLINE void store(Value* p, V v) {
+    S::store(p, v.first), S::store(p + S::width, v.second);
+  }
+  template <class Value>
+  FUSEDRNN_INLINE void store(Value* p, V v, int) {
+    store(p, v);
+  }
 };
 
 // What cells compute with: N vectors side by side; of a single one perhaps only the first `lanes` exist. One

@@ -1,4 +1,5 @@
-// Random layers, with inputs that are exact in single precision so that one reference serves both.
+// Random layers, with inputs that are exact in single precision, so that one reference serves both float and double, or
+// in bfloat16.
 #pragma once
 
 #include <cmath>
@@ -7,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "bf16.h"
 #include "reference.h"
 
 // Reproducible on every platform, which the distributions of <random> are not.
@@ -15,16 +17,19 @@ class Random {
   explicit Random(uint64_t seed) : engine_(seed) {}
   int64_t below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
   bool coin() { return below(2) == 1; }
-  // In (-scale, scale), a single-precision value.
+  // In (-scale, scale), a single-precision value, or one of bfloat16.
   double value(double scale) {
     const double unit = static_cast<double>(engine_() >> 11) * 0x1p-53;
-    return static_cast<float>(scale * (2 * unit - 1));
+    const auto drawn = static_cast<float>(scale * (2 * unit - 1));
+    return narrow ? static_cast<float>(fusedrnn::bf16(drawn)) : drawn;
   }
   reference::Values values(int64_t count, double scale) {
     reference::Values result(static_cast<size_t>(count));
     for (double& v : result) v = value(scale);
     return result;
   }
+
+  bool narrow = false;  // whether values are of bfloat16
 
  private:
   std::mt19937_64 engine_;

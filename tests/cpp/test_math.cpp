@@ -1,4 +1,4 @@
-// sigmoid and tanh of every instruction set that runs here, against long double.
+// sigmoid and tanh of every instruction set that runs here, against long double, and the rounding to bfloat16.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,6 +18,7 @@ FUSEDRNN_DECLARE(baseline)
 #if defined(__x86_64__)
 FUSEDRNN_DECLARE(avx2)
 FUSEDRNN_DECLARE(avx512)
+FUSEDRNN_DECLARE(avx512bf16)
 FUSEDRNN_DECLARE(wide)
 #endif
 
@@ -132,10 +133,54 @@ void check_precision(const std::vector<const MathFunctions*>& isas, double sigmo
     }
 }
 
+// All of bfloat16's values and what lies between them: just below, at and above the middle of each two.
+void check_bf16(const MathFunctions& isa) {
+  std::vector<float> in;
+  std::vector<uint16_t> want;
+  const auto add = [&](uint32_t bits, uint32_t rounded) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    if (std::fpclassify(value) == FP_SUBNORMAL) return;  // an instruction takes them for zero
+    in.push_back(value);
+    want.push_back(static_cast<uint16_t>(rounded));
+  };
+  for (uint32_t upper = 0; upper < 0x10000; ++upper) {
+    const bool finite = (upper & 0x7f80) != 0x7f80;
+    const uint32_t bits = upper << 16;
+    if (!finite && (upper & 0x7f)) {  // NaN: stays one, and quiet
+      add(bits, upper | 0x40), add(bits | 1, upper | 0x40);
+      continue;
+    }
+    add(bits, upper);
+    if (!finite) {
+      add(bits | 1, upper | 0x40);  // a NaN that only its lowest bits tell from infinity
+      continue;
+    }
+    add(bits | 1, upper), add(bits | 0x7fff, upper);
+    add(bits | 0x8000, upper + (upper & 1));  // a tie goes to the even one
+    add(bits | 0x8001, upper + 1), add(bits | 0xffff, upper + 1);
+  }
+  const auto count = static_cast<int64_t>(in.size());
+  for (const int lanes : {16, 5}) {
+    std::vector<fusedrnn::bf16> narrow(in.size());
+    std::vector<float> wide(in.size());
+    isa.narrow(in.data(), narrow.data(), count, lanes);
+    isa.widen(narrow.data(), wide.data(), count, lanes);
+    for (size_t k = 0; k < in.size(); ++k) {
+      CHECK(narrow[k].bits == want[k], "%s, %d lanes: %a is rounded to %04x, not %04x", isa.name, lanes,
+            static_cast<double>(in[k]), narrow[k].bits, want[k]);
+      CHECK(fusedrnn::bf16(in[k]).bits == want[k], "%a is rounded otherwise", static_cast<double>(in[k]));
+      const float same = narrow[k];
+      CHECK(std::memcmp(&same, &wide[k], sizeof same) == 0, "%s, %d lanes: %04x is widened to %a", isa.name, lanes,
+            narrow[k].bits, static_cast<double>(wide[k]));
+    }
+  }
+}
+
 std::vector<const MathFunctions*> functions_that_run_here() {
   const MathFunctions* compiled[] = {&baseline::functions,
 #if defined(__x86_64__)
-                                     &avx2::functions, &avx512::functions
+                                     &avx2::functions, &avx512::functions, &avx512bf16::functions
 #endif
   };
   std::vector<const MathFunctions*> result;
@@ -154,5 +199,6 @@ int main() {
   const std::vector<const MathFunctions*> isas = functions_that_run_here();
   check_precision<float>(isas, 2.5, 3);
   check_precision<double>(isas, 2.5, 3);
+  for (const MathFunctions* isa : isas) check_bf16(*isa);
   return check::result();
 }

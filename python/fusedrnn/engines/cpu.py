@@ -38,9 +38,15 @@ class CpuEngine:
 
     def describe(self, call: Call) -> str:
         assert _cpu is not None
-        again = ", backward computes the gates again" if _recomputes(call) else ""
-        invariant = ", batch-invariant" if _cpu.is_batch_invariant() else ""
-        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{again}{invariant}"
+        notes = ""
+        if call.input.dtype == torch.bfloat16:
+            factors = "factors of" if _cpu.multiplies_bfloat16() else "factors widened from"
+            notes += f", {factors} bfloat16, sums and gates in float32"
+        if _recomputes(call):
+            notes += ", backward computes the gates again"
+        if _cpu.is_batch_invariant():
+            notes += ", batch-invariant"
+        return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{notes}"
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
         assert _cpu is not None
@@ -82,7 +88,7 @@ class CpuEngine:
 _COMPUTES_IN = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
+    torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float32,
 }
 
