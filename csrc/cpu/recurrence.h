@@ -151,6 +151,8 @@ class ForwardPass {
   using V = typename S::V;
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states;
   static constexpr int64_t group = group_rows<T>;
+  // Whether h as products take it has fewer bits than the cell computes.
+  static constexpr bool narrow = sizeof(T) < sizeof(Sum);
 
  public:
   ForwardPass(const Forward<T>& args, int threads)
@@ -240,7 +242,7 @@ class ForwardPass {
       bias_r_[g] = arena.take<Sum>(state_width_);
     }
     for (T*& h : h_) h = arena.take<T>(B * output_width_);
-    for (int s = 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
+    for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
     if (a_.projected) unprojected_ = arena.take<T>(B * state_width_);
     if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
@@ -331,10 +333,8 @@ class ForwardPass {
         for (int64_t j = 0; j < padded; ++j) {
           const T value = initial && j < width ? initial[j] : T(0);
           if (empty && j < width) a_.final[s][a_.state_at(d, s, b) + j] = value;
-          if (s == 0)
-            h_[0][b * padded + j] = h_[1][b * padded + j] = value;
-          else
-            state_[s][b * padded + j] = value;
+          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
+          if (state_[s]) state_[s][b * padded + j] = value;
         }
       }
   }
@@ -432,7 +432,7 @@ class ForwardPass {
   struct Destination {
     Sum* products;  // of the inputs, unless the step makes them
     T *kept, *h, *output;
-    Sum* state[states];      // carried states but h
+    Sum* state[states];      // carried states, see state_
     T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
     int64_t lots[states];    // of zoneout
@@ -444,8 +444,9 @@ class ForwardPass {
     if (keeps_gates_) to.kept = kept_at(d, i, b);
     to.h = a_.projected ? unprojected_ + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
     if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+    for (int s = 0; s < states; ++s)
+      if (state_[s]) to.state[s] = state_[s] + b * state_width_;
     for (int s = 1; s < states; ++s) {
-      to.state[s] = state_[s] + b * state_width_;
       if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
     }
     for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
@@ -469,7 +470,10 @@ class ForwardPass {
       r[g] = M::load(sums + Cell::recurrent_slot[g] * plane);
       if (apart(g)) r[g] = r[g] + M::load(bias_r_[g] + j);
     }
-    prev[0] = a_.projected ? M::zero() : M::load(h + j);
+    if constexpr (narrow)
+      prev[0] = a_.projected ? M::zero() : M::load(to.state[0] + j);
+    else
+      prev[0] = a_.projected ? M::zero() : M::load(h + j);
     for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
     Cell::template forward<M>(x, r, prev, next, keep);
     for (int s = 0; s < states; ++s)
@@ -478,6 +482,8 @@ class ForwardPass {
         next[s] = M::multiply_add(stays, prev[s], (Sum(1) - stays) * next[s]);
       }
     M::store(to.h + j, next[0]);
+    if constexpr (narrow)
+      if (to.state[0]) M::store(to.state[0] + j, next[0]);
     for (int s = 1; s < states; ++s) {
       M::store(to.state[s] + j, next[s]);
       if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
@@ -541,10 +547,8 @@ class ForwardPass {
   // Calls f with state s of one row as it enters order i.
   template <class F>
   void with_carried(int s, int64_t i, int64_t b, F&& f) const {
-    if (s == 0)
-      f(h_[i & 1] + b * output_width_);
-    else
-      f(state_[s] + b * state_width_);
+    if (s == 0) f(h_[i & 1] + b * output_width_);
+    if (state_[s]) f(state_[s] + b * state_width_);
   }
 
   // The columns of state s that one thread computes.
@@ -567,8 +571,9 @@ class ForwardPass {
   int64_t between_directions_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_;
   Sum *bias_x_[G], *bias_r_[G];
-  T* h_[2];             // h of the previous step and of this one, in turn
-  Sum* state_[states];  // the other states
+  T* h_[2];  // h of the previous step and of this one, in turn
+  // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
+  Sum* state_[states] = {};
   T *unprojected_, *masked_;
   Sum *gates_, *sums_;
   const T** left_;
