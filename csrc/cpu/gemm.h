@@ -246,11 +246,12 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// K is cut so that a stretch of a panel of the usual width stays in the first-level cache (32 KB; 48 KB where vectors
-// have 64 bytes) while the rows pass by: 40 or 16 KB. Every product is cut alike, so that its sums round alike.
+// K is cut so that a stretch of a panel of the usual width comes from the caches next to the processor while the rows
+// pass by: 16 KB of a first-level cache of 32 KB; where vectors have 64 bytes 64 KB, though that cache has 48 KB, for
+// fewer stretches mean fewer additions to the results. Every product is cut alike, so that its sums round alike.
 template <class T>
 constexpr int64_t k_stretch =
-    Product<T>::depth * (FUSEDRNN_VECTOR_BYTES == 64 ? 160 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES));
+    Product<T>::depth * (FUSEDRNN_VECTOR_BYTES == 64 ? 256 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES));
 
 // out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 template <class T>
