@@ -150,6 +150,7 @@ class ForwardPass {
   using S = Simd<Sum>;
   using V = typename S::V;
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states;
+  static constexpr int first_state = sizeof(T) == sizeof(Sum) ? 1 : 0;  // of those that `state_` carries
   static constexpr int64_t group = group_rows<T>;
 
  public:
@@ -240,7 +241,7 @@ class ForwardPass {
       bias_r_[g] = arena.take<Sum>(state_width_);
     }
     for (T*& h : h_) h = arena.take<T>(B * output_width_);
-    for (int s = 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
+    for (int s = first_state; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
     if (a_.projected) unprojected_ = arena.take<T>(B * state_width_);
     if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
@@ -331,10 +332,8 @@ class ForwardPass {
         for (int64_t j = 0; j < padded; ++j) {
           const T value = initial && j < width ? initial[j] : T(0);
           if (empty && j < width) a_.final[s][a_.state_at(d, s, b) + j] = value;
-          if (s == 0)
-            h_[0][b * padded + j] = h_[1][b * padded + j] = value;
-          else
-            state_[s][b * padded + j] = value;
+          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
+          if (s >= first_state && (s > 0 || !a_.projected)) state_[s][b * padded + j] = value;
         }
       }
   }
@@ -432,7 +431,7 @@ class ForwardPass {
   struct Destination {
     Sum* products;  // of the inputs, unless the step makes them
     T *kept, *h, *output;
-    Sum* state[states];      // carried states but h
+    Sum* state[states];      // carried states
     T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
     int64_t lots[states];    // of zoneout
@@ -444,8 +443,8 @@ class ForwardPass {
     if (keeps_gates_) to.kept = kept_at(d, i, b);
     to.h = a_.projected ? unprojected_ + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
     if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+    for (int s = first_state; s < states; ++s) to.state[s] = state_[s] + b * state_width_;
     for (int s = 1; s < states; ++s) {
-      to.state[s] = state_[s] + b * state_width_;
       if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
     }
     for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
@@ -469,7 +468,12 @@ class ForwardPass {
       r[g] = M::load(sums + Cell::recurrent_slot[g] * plane);
       if (apart(g)) r[g] = r[g] + M::load(bias_r_[g] + j);
     }
-    prev[0] = a_.projected ? M::zero() : M::load(h + j);
+    if (a_.projected)
+      prev[0] = M::zero();
+    else if (first_state > 0)
+      prev[0] = M::load(h + j);
+    else
+      prev[0] = M::load(to.state[0] + j);
     for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
     Cell::template forward<M>(x, r, prev, next, keep);
     for (int s = 0; s < states; ++s)
@@ -478,8 +482,8 @@ class ForwardPass {
         next[s] = M::multiply_add(stays, prev[s], (Sum(1) - stays) * next[s]);
       }
     M::store(to.h + j, next[0]);
+    for (int s = first_state; s < states; ++s) M::store(to.state[s] + j, next[s]);
     for (int s = 1; s < states; ++s) {
-      M::store(to.state[s] + j, next[s]);
       if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
     }
     if (to.output) M::store(to.output + j, next[0], lanes);
@@ -538,13 +542,11 @@ class ForwardPass {
         }
   }
 
-  // Calls f with state s of one row as it enters order i.
+  // Calls f with state s of one row as it enters order i, wherever that is.
   template <class F>
   void with_carried(int s, int64_t i, int64_t b, F&& f) const {
-    if (s == 0)
-      f(h_[i & 1] + b * output_width_);
-    else
-      f(state_[s] + b * state_width_);
+    if (s >= first_state && (s > 0 || !a_.projected)) f(state_[s] + b * state_width_);
+    if (s == 0) f(h_[i & 1] + b * output_width_);
   }
 
   // The columns of state s that one thread computes.
@@ -568,7 +570,7 @@ class ForwardPass {
   Panels<T> w_ih_[G], w_hh_[G], w_hr_;
   Sum *bias_x_[G], *bias_r_[G];
   T* h_[2];             // h of the previous step and of this one, in turn
-  Sum* state_[states];  // the other states
+  Sum* state_[states];  // the other states, and h itself if h_ holds it rounded: roundings would add up in it
   T *unprojected_, *masked_;
   Sum *gates_, *sums_;
   const T** left_;
