@@ -30,10 +30,11 @@ def run(module, x, first, last, count):
     return [tensor.detach() for tensor in (plain, output, d_x, *final)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SEQUENCE_KINDS)
 @pytest.mark.parametrize("target", COMPILED, ids=str)
-def test_rows_alone_and_among_others(target, kind):
-    module, x = build(fusedrnn, kind, I, H, bidirectional=True), torch.randn(T, MOST, I)
+def test_rows_alone_and_among_others(target, kind, dtype):
+    module, x = build(fusedrnn, kind, I, H, bidirectional=True, dtype=dtype), torch.randn(T, MOST, I, dtype=dtype)
     with target.running(), fusedrnn.batch_invariant(True):
         together = run(module, x, 0, MOST, 2)
         for first, last, count in ((0, 1, 1), (0, 1, 2), (7, 10, 1), (7, 10, 2), (3, 16, 2), (20, 39, 1)):
