@@ -67,7 +67,7 @@ void release(Memory block) {
 size_t kept_limit() {
   static const size_t bytes = [] {
     const char* megabytes = std::getenv("FUSEDRNN_KEPT_MB");
-    return static_cast<size_t>(megabytes ? std::strtoull(megabytes, nullptr, 10) : 128) << 20;
+    return static_cast<size_t>(megabytes ? std::strtoull(megabytes, nullptr, 10) : 256) << 20;
   }();
   return bytes;
 }
