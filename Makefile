@@ -18,7 +18,7 @@ MINUTES ?= 5
 .PHONY: demo test test-full clients sanitize bench lint format verify wheel wheel-check gpu-build gpu-check gpu-bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/built ## train a small language model with torch.nn and with fusedrnn, side by side
+demo: $(VENV)/built-for-cpu ## train a small language model with torch.nn and with fusedrnn, side by side
 	$(BIN)/python -m fusedrnn demo
 
 test: $(VENV)/built ## the tests: a pairwise sample of all combinations
@@ -110,9 +110,15 @@ gpu-bench: gpu-build ## on a machine with a GPU: a part of the grid, SHARD=i/n, 
 
 # The extension is built again when its sources change; Python sources are used where they lie. Its folder is not the
 # one of `pip install .`, which would take over the single GPU target.
+INSTALL := $(PIP) --no-build-isolation --no-deps -C build-dir=build/test/{wheel_tag} \
+  -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU)
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps -C build-dir=build/test/{wheel_tag} \
-	  -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU) --editable .
+	$(INSTALL) -C cmake.define.FUSEDRNN_CUDA=AUTO --editable .
+	touch $@ $(VENV)/built-for-cpu
+
+# Without the kernels for GPUs, which can wait for the tests.
+$(VENV)/built-for-cpu: $(VENV)/tools $(SOURCES)
+	$(INSTALL) -C cmake.define.FUSEDRNN_CUDA=OFF --editable .
 	touch $@
 
 $(VENV)/tools: constraints.txt pyproject.toml
