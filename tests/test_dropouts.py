@@ -258,6 +258,21 @@ def test_zoneout_of_one_keeps_the_state():
         torch.testing.assert_close(output, hx[0].expand(7, -1, -1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_units_that_stay_do_so_whatever_the_cell_computed(dropping_engine, kind, broken):
+    """And those that don't forget what they were."""
+    module, x, h = module_of(kind, zoneout=0.5), values(1, 8, 4), values(1, 8, 6)
+    x[:, :4] = float("nan")
+    h[:, 4:] = broken
+    hx = (h, h.clone()) if kind == "LSTM" else h
+    with fusedrnn.engine("reference"):
+        want = flat(seeded(module, x, hx))
+    assert want[0][0, :4].isnan().any()
+    assert want[0][0, :4].isfinite().any()
+    torch.testing.assert_close(flat(seeded(module, x, hx)), want, equal_nan=True)
+
+
 def test_one_variational_mask_for_a_sequence():
     """A feature of the input is there at every step, doubled, or at none."""
     module = module_of("RNN", variational_dropout=0.5, bias=False)

@@ -479,7 +479,9 @@ class ForwardPass {
     for (int s = 0; s < states; ++s)
       if (a_.zoneout.rate[s] > 0) {
         const V stays = zoned_out<M, Sum>(a_.zoneout, s, to.lots[s] + j);
-        next[s] = M::multiply_add(stays, prev[s], (Sum(1) - stays) * next[s]);
+        // What has no share has none even if it is infinite or NaN.
+        const V before = M::where_positive(stays, prev[s]), after = M::where_positive(Sum(1) - stays, next[s]);
+        next[s] = M::multiply_add(stays, before, (Sum(1) - stays) * after);
       }
     M::store(to.h + j, next[0]);
     if constexpr (narrow)
