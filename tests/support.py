@@ -346,9 +346,7 @@ def check(case: Case) -> None:
         """The oracle's run and its gradients, those of the arguments first, then those of the parameters."""
         initial = [round_(before[f"{name}_0"]) for name in cell.states] if case.hx else None
         weights = [oracle.Weights(*(w if w is None else round_(w) for w in layer)) for layer in weights_of(module)]
-        run = oracle.Network(
-            cell, round_(before["input"]), case.lengths, initial, weights, directions=case.directions
-        )
+        run = oracle.Network(cell, round_(before["input"]), case.lengths, initial, weights, directions=case.directions)
         d_x, d_initial, d_weights = run.backward(round_(to_numpy(d_output)), [round_(to_numpy(d)) for d in d_final])
         return run, [d_x, *(d_initial if case.hx else []), *(d for w in d_weights for d in w if d is not None)]
 

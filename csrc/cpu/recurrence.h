@@ -56,24 +56,32 @@ static inline int64_t in_turn(Range range, int64_t k, int64_t i) {
 // The rank-th of `size` even parts of n.
 static inline Range part(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 
-// Sequences of the rank-th thread, so that all have about as many tokens.
+// Sequences of the rank-th thread, so that the one with most to do has as little as possible. A step costs a thread
+// about as much as one sequence more (Zen 5: 1.2 to 1.4), so one that has the longest sequences should have fewer tokens.
 static inline Range rows_part(const Sequence& seq, int rank, int size) {
   if (!seq.sizes) return part(seq.B, rank, size);
-  const auto boundary = [&](int part) {
-    const int64_t goal = seq.tokens() * part / size;
-    int64_t low = 0, high = seq.B;
-    while (low < high) {  // the smallest number of sequences that hold `goal` tokens
-      const int64_t middle = (low + high) / 2;
-      int64_t tokens = 0;
-      for (int64_t t = 0; t < seq.T; ++t) tokens += smaller(seq.sizes[t], middle);
-      if (tokens < goal)
-        low = middle + 1;
-      else
-        high = middle;
+  // Those of the last of some threads, when each takes from the longest left as many as cost it no more than `most`.
+  const auto take = [&](int64_t most, int threads) {
+    Range rows{0, 0};
+    for (int64_t length = seq.T; threads > 0; --threads) {
+      rows.first = rows.last;
+      for (int64_t cost = 0; rows.last < seq.B; ++rows.last) {
+        while (length > 0 && seq.sizes[length - 1] <= rows.last) --length;
+        cost += rows.last == rows.first ? 2 * length : length;
+        if (cost > most) break;
+      }
     }
-    return part == size ? seq.B : low;
+    return rows;
   };
-  return {boundary(rank), boundary(rank + 1)};
+  int64_t low = 0, high = seq.tokens() + seq.T;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (take(middle, size).last < seq.B)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return take(low, rank + 1);
 }
 
 // Zeros behind the end of each sequence of a padded batch: some steps for each thread.
