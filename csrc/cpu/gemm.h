@@ -62,21 +62,20 @@ struct Product<bf16> {
   }
   template <int columns>
   FUSEDRNN_INLINE void copy_across(const bf16* const* rows, int64_t n, int64_t first, bf16* out) {
-    static_assert(columns == 6, "eight bytes and four of each row");
+    static_assert(columns == 6 || columns == 8, "a half of a vector of 16 bytes, and a half or a quarter");
     typedef uint16_t Eight __attribute__((vector_size(16)));
-    const auto six = [first](const bf16* row) __attribute__((always_inline)) {
-      uint64_t four;
-      uint32_t two;
-      __builtin_memcpy(&four, row + first, sizeof four);
-      __builtin_memcpy(&two, row + first + 4, sizeof two);
-      typedef uint64_t Two __attribute__((vector_size(16)));
-      return (Eight)Two{four, two};
+    typedef uint64_t Two __attribute__((vector_size(16)));
+    const auto part_of = [first](const bf16* row) __attribute__((always_inline)) {
+      uint64_t low, high = 0;
+      __builtin_memcpy(&low, row + first, sizeof low);
+      __builtin_memcpy(&high, row + first + 4, (columns - 4) * sizeof(bf16));
+      return (Eight)Two{low, high};
     };
-    const Eight even = six(rows[0]), odd = n > 1 ? six(rows[1]) : Eight{};
+    const Eight even = part_of(rows[0]), odd = n > 1 ? part_of(rows[1]) : Eight{};
     const Eight low = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
     const Eight high = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
     __builtin_memcpy(out, &low, 16);
-    __builtin_memcpy(out + 8, &high, 8);
+    __builtin_memcpy(out + 8, &high, (columns - 4) * depth * sizeof(bf16));
   }
 
 #if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
@@ -111,18 +110,20 @@ template <class T>
 struct Block {
   static constexpr int width = Simd<SumOf<T>>::width;
   static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : 12;
-  static constexpr int max_rows = 6;
+  static constexpr int max_rows = FUSEDRNN_VECTOR_BYTES == 64 ? 8 : 6;
   static constexpr int max_vectors = 8;  // of a single row: enough additions on their way to hide their latency
   static constexpr int max_columns = max_vectors * width;
   static constexpr int rows(int vectors) {
     return accumulators / vectors < max_rows ? accumulators / vectors : max_rows;
   }
   static constexpr int usual_vectors = accumulators / max_rows;
-  // Vectors of a panel that serves few rows at a time: the fewer the rows, the more columns share each of their values.
-  static int vectors_for(int64_t rows) {
-    return rows >= max_rows                    ? usual_vectors
-           : accumulators / rows < max_vectors ? (int)(accumulators / rows)
-                                               : max_vectors;
+  // Vectors of a panel of a matrix of some columns, of which each use multiplies some rows: the fewer the rows, the
+  // more columns share each of their values. Columns that are a vector too many for one panel go into one of fewer
+  // rows.
+  static int vectors_for(int64_t rows, int64_t columns) {
+    const int64_t share = rows < max_rows ? accumulators / rows : usual_vectors;
+    const int64_t vectors = share < max_vectors ? share : max_vectors, all = (columns + width - 1) / width;
+    return (int)(all == vectors + 1 && all <= max_vectors ? all : vectors);
   }
 };
 
@@ -171,7 +172,7 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
       V column[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) column[v] = P::column(P::load(panel + v * width * P::depth), part);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
         const auto value = P::value(left(r, k), part);
 #pragma GCC unroll 8
@@ -179,7 +180,7 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
       }
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
@@ -281,25 +282,37 @@ static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* 
 }
 
 // A matrix packed into column panels, [panel][k / depth][column][depth]. `columns` is rounded up to whole vectors and K
-// to whole groups; what is beyond is zero.
+// to whole groups; what is beyond is zero. Panels have as even a width as can be: 4 vectors go as 2 + 2, not as 3 + 1.
 template <class T>
 struct Panels {
   T* data = nullptr;
   int64_t K = 0, columns = 0;
-  int vectors = Block<T>::usual_vectors;  // of every panel but perhaps the last
   // Of several matrices of one shape, panel p of each stands side by side, in the order in which they are used.
   int matrices = 1, index = 0;
 
+  Panels() = default;
+  // `vectors`: the most of a panel.
+  Panels(T* data, int64_t K, int64_t columns, int vectors, int matrices = 1)
+      : data(data), K(K), columns(columns), matrices(matrices) {
+    const int64_t all = ceil_div(columns, Block<T>::width);
+    count_ = ceil_div(all, vectors);
+    narrow_ = count_ ? (int)(all / count_) : 0;
+    wider_ = all - count_ * narrow_;
+  }
+
   static int64_t padded(int64_t K) { return round_up(K, Product<T>::depth); }
   static int64_t size(int64_t K, int64_t columns) { return padded(K) * round_up(columns, Block<T>::width); }
-  int64_t width() const { return (int64_t)vectors * Block<T>::width; }
-  int64_t count() const { return ceil_div(columns, width()); }
+  int64_t count() const { return count_; }
   T* panel(int64_t p) const {
-    return data + (p * width() * matrices + index * vectors_of(p) * Block<T>::width) * padded(K);
+    return data + (first(p) * matrices + index * vectors_of(p) * Block<T>::width) * padded(K);
   }
-  int64_t first(int64_t p) const { return p * width(); }
-  int64_t last(int64_t p) const { return smaller(columns, first(p) + width()); }
-  int vectors_of(int64_t p) const { return (int)ceil_div(last(p) - first(p), Block<T>::width); }
+  int64_t first(int64_t p) const { return (p * narrow_ + smaller(p, wider_)) * Block<T>::width; }
+  int64_t last(int64_t p) const { return smaller(columns, first(p + 1)); }
+  int vectors_of(int64_t p) const { return narrow_ + (p < wider_ ? 1 : 0); }
+
+ private:
+  int64_t count_ = 0, wider_ = 0;  // the first panels have a vector more than the others
+  int narrow_ = 0;
 };
 
 // Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k].

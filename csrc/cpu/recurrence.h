@@ -37,7 +37,7 @@ static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_t
 // Vectors of a recurrent panel. A panel is the least that a thread can take of the units.
 template <class T>
 static int panel_vectors(const Plan& plan, int64_t H) {
-  int vectors = Block<T>::vectors_for(larger(1, plan.rows));
+  int vectors = Block<T>::vectors_for(larger(1, plan.rows), H);
   if (!plan.by_rows && plan.threads > 1)
     while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < 2 * plan.threads) --vectors;
   return vectors;
@@ -57,7 +57,7 @@ static inline int64_t in_turn(Range range, int64_t k, int64_t i) {
 static inline Range part(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 
 // Sequences of the rank-th thread, so that the one with most to do has as little as possible. A step costs a thread
-// about as much as one sequence more (Zen 5: 1.2 to 1.4), so one that has the longest sequences should have fewer tokens.
+// about as much as one sequence more (Zen 5: 1.2 to 1.4), so that the one with the longest sequences gets fewer tokens.
 static inline Range rows_part(const Sequence& seq, int rank, int size) {
   if (!seq.sizes) return part(seq.B, rank, size);
   // Those of the last of some threads, when each takes from the longest left as many as cost it no more than `most`.
@@ -121,12 +121,14 @@ FUSEDRNN_INLINE void for_groups(int64_t first, int64_t last, F&& f) {
   }
 }
 
-// Calls f(Math<SumOf<T>, N>, j, lanes) for columns [first, last), two vectors at a time as long as both are full;
-// `lanes` of a single vector exist.
+// Calls f(Math<SumOf<T>, N>, j, lanes) for columns [first, last), two or three full vectors at a time; `lanes` of a
+// single vector exist.
 template <class T, class F>
 FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
   using Sum = SumOf<T>;
   constexpr int64_t W = Simd<Sum>::width;
+  if constexpr (FUSEDRNN_VECTOR_BYTES == 64)
+    if (((last - first) / W & 1) != 0 && first + 3 * W <= last) f(Math<Sum, 3>{}, first, (int)W), first += 3 * W;
   for (; first + 2 * W <= last; first += 2 * W) f(Math<Sum, 2>{}, first, (int)W);
   for (; first < last; first += W) f(Math<Sum, 1>{}, first, (int)smaller(W, last - first));
 }
@@ -670,7 +672,7 @@ class BackwardPass {
     const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
     const int vectors = panel_vectors<T>(plan_, a_.H);
     w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors};
-    if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I};
+    if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I, Block<T>::vectors_for(group, a_.I)};
     if (a_.projected) {
       w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
       d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
@@ -1155,9 +1157,10 @@ class BackwardPass {
   // to[g * height + u][c] = or += sum over n tokens of column u of slot[g]'s blocks times rows[token][c].
   void products(const Own& o, int64_t n, const int* slot, int gates, int64_t each, Range mine, int64_t height,
                 const T* const* rows, int64_t columns, Sum* to, bool add) {
-    for (int64_t c = 0; c < columns; c += panel_columns) {
-      const int64_t width = smaller(panel_columns, columns - c);
-      const int nv = (int)ceil_div(width, W);
+    const Panels<T> panels{o.panel, n, columns, Block<T>::usual_vectors};
+    for (int64_t p = 0; p < panels.count(); ++p) {
+      const int64_t c = panels.first(p), width = panels.last(p) - c;
+      const int nv = panels.vectors_of(p);
       pack_columns(rows, n, c, width, o.panel);
       for (int g = 0; g < gates; ++g)
         for (int64_t u = mine.first; u < mine.last; u += block) {

@@ -183,19 +183,20 @@ struct Simd {
   }
 };
 
-// Two vectors in step. Named members, not an array: the compiler keeps those in registers.
-template <class Raw, class T>
-struct Pair {
-  Raw first, second;
-  FUSEDRNN_FRIEND Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
-  FUSEDRNN_FRIEND Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
-  FUSEDRNN_FRIEND Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
-  FUSEDRNN_FRIEND Pair operator/(Pair a, Pair b) { return {a.first / b.first, a.second / b.second}; }
-  FUSEDRNN_FRIEND Pair operator+(Pair a, T b) { return {a.first + b, a.second + b}; }
-  FUSEDRNN_FRIEND Pair operator-(Pair a, T b) { return {a.first - b, a.second - b}; }
-  FUSEDRNN_FRIEND Pair operator-(T a, Pair b) { return {a - b.first, a - b.second}; }
-  FUSEDRNN_FRIEND Pair operator*(Pair a, T b) { return {a.first * b, a.second * b}; }
-  FUSEDRNN_FRIEND Pair operator/(T a, Pair b) { return {a / b.first, a / b.second}; }
+// Some vectors in step. Named members, not an array: the compiler keeps those in registers.
+template <class First, class Rest, class T>
+struct Several {
+  First first;
+  Rest rest;
+  FUSEDRNN_FRIEND Several operator+(Several a, Several b) { return {a.first + b.first, a.rest + b.rest}; }
+  FUSEDRNN_FRIEND Several operator-(Several a, Several b) { return {a.first - b.first, a.rest - b.rest}; }
+  FUSEDRNN_FRIEND Several operator*(Several a, Several b) { return {a.first * b.first, a.rest * b.rest}; }
+  FUSEDRNN_FRIEND Several operator/(Several a, Several b) { return {a.first / b.first, a.rest / b.rest}; }
+  FUSEDRNN_FRIEND Several operator+(Several a, T b) { return {a.first + b, a.rest + b}; }
+  FUSEDRNN_FRIEND Several operator-(Several a, T b) { return {a.first - b, a.rest - b}; }
+  FUSEDRNN_FRIEND Several operator-(T a, Several b) { return {a - b.first, a - b.rest}; }
+  FUSEDRNN_FRIEND Several operator*(Several a, T b) { return {a.first * b, a.rest * b}; }
+  FUSEDRNN_FRIEND Several operator/(T a, Several b) { return {a / b.first, a / b.rest}; }
 };
 
 template <class T, int N>
@@ -227,17 +228,19 @@ struct Vectors<T, 1> {
   }
 };
 
-template <class T>
-struct Vectors<T, 2> {
-  using S = Simd<T>;
-  using V = Pair<typename S::V, T>;
+template <class T, int N>
+struct Vectors {
+  using One = Vectors<T, 1>;
+  using Rest = Vectors<T, N - 1>;
+  using V = Several<typename One::V, typename Rest::V, T>;
+  static constexpr int width = Simd<T>::width;
   template <class Op, class... Args>
   FUSEDRNN_INLINE V map(Op op, Args... args) {
-    return {op(args.first...), op(args.second...)};
+    return {op(args.first...), Rest::map(op, args.rest...)};
   }
   template <class Value>
   FUSEDRNN_INLINE V load(const Value* p) {
-    return {S::load(p), S::load(p + S::width)};
+    return {One::load(p), Rest::load(p + width)};
   }
   template <class Value>
   FUSEDRNN_INLINE V load(const Value* p, int) {
@@ -245,7 +248,7 @@ struct Vectors<T, 2> {
   }
   template <class Value>
   FUSEDRNN_INLINE void store(Value* p, V v) {
-    S::store(p, v.first), S::store(p + S::width, v.second);
+    One::store(p, v.first), Rest::store(p + width, v.rest);
   }
   template <class Value>
   FUSEDRNN_INLINE void store(Value* p, V v, int) {
@@ -254,8 +257,8 @@ struct Vectors<T, 2> {
 };
 
 // What cells compute with: N vectors side by side; of a single one perhaps only the first `lanes` exist. One
-// unit's gates are a chain of a hundred cycles that waits for its own results; with two vectors in step the processor
-// has something to do meanwhile.
+// unit's gates are a chain of a hundred cycles that waits for its own results; with several vectors in step the
+// processor has something to do meanwhile.
 template <class T, int N>
 struct Math : Vectors<T, N> {
   using F = Float<T>;
