@@ -429,7 +429,7 @@ class ForwardPass {
         }
         for (int64_t k = 0; k < n; ++k) {
           const Destination to = destination(d, begin, i, t, row + k);
-          for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) {
+          for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
             gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j,
                                lanes);
           });
@@ -891,7 +891,7 @@ class BackwardPass {
           multiply_panel(o.again_h + token, n, a_.R, again_hh_[g].panel(p), nv, r, ldo, x == r);
         }
         for (int64_t k = 0; k < n; ++k)
-          for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
+          for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) __attribute__((always_inline)) {
             gates_again<decltype(math)>(o, token + k, o.sums + k * ldo + (j - first), plane, j, lanes);
           });
       });
@@ -1047,7 +1047,7 @@ class BackwardPass {
       for (int s = 1; s < states; ++s)
         if (a_.d_states[s].data) given[s] = a_.d_states[s].at(a_.seq, time(d, i), b) + d * H;
       T* d_slots = d_slots_at(i, b);
-      for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) {
+      for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) __attribute__((always_inline)) {
         using M = decltype(math);
         typename M::V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
         for (int s = 0; s < Cell::kept; ++s) keep[s] = M::load(kept + s * H + j, lanes);
