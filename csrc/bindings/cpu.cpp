@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -200,6 +201,9 @@ struct Arguments {
 
   bool is_packed() const { return seq.sizes && !seq.order; }
 
+  // Whether other Python threads should run meanwhile: more than the 0.2 us that letting them costs, by far.
+  bool takes_time() const { return seq.tokens() * directions * cell_facts[cell].gates * H * (I + R) > 50000; }
+
   // A new tensor with a row of features for each token.
   NewTensor new_rows(int64_t features) const {
     return is_packed() ? new_tensor({seq.tokens(), features}, bits) : new_tensor({seq.T, seq.B, features}, bits);
@@ -338,7 +342,8 @@ void run_forward(const Arguments& a, const TensorView& output, const TensorView*
       args.final[s] = static_cast<T*>(final[s].data);
     }
     const auto& kernel = functions<T>(a.cell);
-    const py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> release;
+    if (a.takes_time()) release.emplace();
     kernel.forward(args, threads);
   });
 }
@@ -379,25 +384,27 @@ py::object express(const std::string& cell, py::handle input, py::handle states_
     const Arguments a(cell, input, along, hx, weights, Grouping(bias, projected), layout);
     const bool one_step = layout == Layout::one_step;
     const int states = cell_facts[a.cell].states;
-    const size_t first = one_step ? 0 : 1;
-    py::tuple result(first + static_cast<size_t>(states));
     TensorView output, every[max_states], final[max_states];
+    py::object of_steps, of_states = py::tuple(static_cast<size_t>(states));
     if (!one_step) {
       const bool batch_first = layout == Layout::batch_first;
       const int64_t T = a.seq.T, B = a.seq.B, width = a.directions * a.R;
       NewTensor made = new_tensor({batch_first ? B : T, batch_first ? T : B, width}, a.bits);
       output = made.view;
       if (batch_first) Arguments::swap_first_two(output);
-      result[0] = std::move(made.object);
+      of_steps = std::move(made.object);
     }
     for (int s = 0; s < states; ++s) {
       const int64_t D = a.directions, B = a.seq.B, width = a.state_width(s);
       NewTensor made = one_step ? new_tensor({B, width}, a.bits) : new_tensor({D, B, width}, a.bits);
       final[s] = made.view;
-      result[first + static_cast<size_t>(s)] = std::move(made.object);
+      if (states == 1 && !one_step)
+        of_states = std::move(made.object);
+      else
+        PyTuple_SET_ITEM(of_states.ptr(), s, made.object.release().ptr());
     }
     run_forward(a, output, every, final, {}, threads);
-    return result;
+    return one_step ? of_states : py::make_tuple(std::move(of_steps), std::move(of_states));
   } catch (const std::invalid_argument&) {
     return py::none();
   }
@@ -555,8 +562,8 @@ PYBIND11_MODULE(_cpu, m) {
       "ValueError if the call breaks the contract.");
   m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
         py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
-        "Runs a layer without gradients: (output, *final states), or (*states) of one step; None if anything about "
-        "the call is out of the ordinary.");
+        "Runs a layer without gradients: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or "
+        "(h, c); None if anything about the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
         py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("h_mask"),
         py::arg("zoneout"), py::arg("seed"), py::arg("recompute"), py::arg("saved"), py::arg("grads"), py::arg("needs"),

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def express(
     layout: Layout,
     lengths: Tensor | None,
     threads: int,
-) -> tuple[Tensor, ...] | None: ...
+) -> Any: ...
 def backward(
     cell: str,
     input: Tensor,

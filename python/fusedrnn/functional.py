@@ -123,6 +123,12 @@ def network(
     return _layers(cell, input, hx, groups, num_layers, directions, between, batch_sizes, along, options)
 
 
+# What every call asks, bound once.
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_num_threads = torch.get_num_threads
+
+
 def express(
     cell: Cell,
     input: Tensor,
@@ -132,21 +138,36 @@ def express(
     bias: bool = True,
     projected: bool = False,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, ...] | None:
+) -> Any:
     """A one-layer call without gradients, modes or special wishes, straight into the compiled engine.
 
-    It spares a one-step call two thirds of its overhead. Arguments and result: :func:`fusedrnn.engines.cpu.express`.
-    None means that the call is anything but usual, perhaps wrong, and must go the long way.
+    It spares a one-step call two thirds of its overhead.
+
+    Args:
+        cell: the cell.
+        input: (T, B, I), (B, T, I) or (B, I), as ``layout`` says.
+        hx: for each state (D, B, width), of one step (B, width), or None.
+        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr.
+        layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
+        bias, projected: which weights there are.
+        lengths: (B,), steps of each row, or None.
+
+    Returns:
+        (output, h) or (output, (h, c)); of one step (h,) or (h, c). None if the call is anything but usual, perhaps
+        wrong, and must go the long way.
     """
     if (
-        torch.is_grad_enabled()
+        _is_grad_enabled()
+        or cpu.express is None
         or unusual_mode() is not None
-        or torch._C._is_any_autocast_enabled()
+        or _is_any_autocast_enabled()
         or listener.get() is not None
         or not is_cpu_engine_likely()
     ):
         return None
-    return cpu.express(cell.name, input, hx, weights, bias, projected, layout, lengths)
+    return cpu.express(
+        cell.name, input, hx, weights, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads()
+    )
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -352,7 +373,9 @@ def cell_step(
         RuntimeError: wrong shapes, dtypes or devices.
     """
     if resets is None and reset_state is None and not zoneout:
-        quick = express(cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION)
+        quick: tuple[Tensor, ...] | None = express(
+            cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION
+        )
         if quick is not None:
             return quick
     check_states(cell, hx)

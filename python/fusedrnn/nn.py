@@ -166,7 +166,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             layout = "batch_first" if self.batch_first else "time_major"
             quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0, lengths)
             if quick is not None:
-                return quick[0], quick[1] if len(quick) == 2 else quick[1:]
+                return quick
         if lengths is not None:
             options["lengths"] = lengths
         if isinstance(input, PackedSequence):

@@ -23,6 +23,8 @@ _AUTOGRAD_KEYS = tuple(
     getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 )
 VMAP_RULES = hasattr(torch.library, "register_vmap")
+# What every call asks, bound once.
+_is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
@@ -34,7 +36,7 @@ def unusual_mode() -> str | None:
     Inside torch.compile, torch.func transforms, forward-mode differentiation and dispatch modes (fake tensors)
     tensors may have no memory, or more meaning than their memory.
     """
-    if torch.compiler.is_compiling() or _tracing_state() is not None:
+    if _is_compiling() or _tracing_state() is not None:
         return "torch is compiling or tracing"
     if _functorch_level() is not None:
         return "inside a torch.func transform"

@@ -140,36 +140,9 @@ def _contiguous(call: Call) -> Call:
     return call.with_tensors(list(map(in_memory, call.tensors()))).with_along(list(map(in_memory, call.along())))
 
 
-def express(
-    cell: str,
-    input: Tensor,
-    hx: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
-    bias: bool,
-    projected: bool,
-    layout: str,
-    lengths: Tensor | None,
-) -> tuple[Tensor, ...] | None:
-    """The usual one-layer call without gradients in a single step; None if anything about it is out of the ordinary.
-
-    Args:
-        cell: the cell's name.
-        input: (T, B, I), (B, T, I) or (B, I), as ``layout`` says.
-        hx: for each state (D, B, width), of one step (B, width), or None.
-        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr.
-        layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
-        lengths: (B,), steps of each row, or None.
-
-    Returns:
-        (output, *final states); of one step (*states).
-    """
-    if _cpu is None:
-        return None
-    return _cpu.express(  # type: ignore[no-any-return]
-        cell, input, hx, weights, bias, projected, _LAYOUTS[layout], lengths, torch.get_num_threads()
-    )
-
-
-_LAYOUTS = (
+#: The usual one-layer call in a single step, see ``functional.express``; None without the compiled module.
+express = None if _cpu is None else _cpu.express
+#: How the input of ``express`` lies, by name.
+LAYOUTS = (
     {} if _cpu is None else {name: getattr(_cpu.Layout, name) for name in ("time_major", "batch_first", "one_step")}
 )
