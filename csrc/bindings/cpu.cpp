@@ -560,10 +560,11 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("save"), py::arg("threads"),
       "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
       "ValueError if the call breaks the contract.");
-  m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
-        py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
-        "Runs a layer without gradients: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or "
-        "(h, c); None if anything about the call is out of the ordinary.");
+  m.def(
+      "express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
+      py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
+      "Runs a layer without gradients: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or "
+      "(h, c); None if anything about the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
         py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("h_mask"),
         py::arg("zoneout"), py::arg("seed"), py::arg("recompute"), py::arg("saved"), py::arg("grads"), py::arg("needs"),

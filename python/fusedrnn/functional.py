@@ -165,9 +165,7 @@ def express(
         or not is_cpu_engine_likely()
     ):
         return None
-    return cpu.express(
-        cell.name, input, hx, weights, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads()
-    )
+    return cpu.express(cell.name, input, hx, weights, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads())
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
