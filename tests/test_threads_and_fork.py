@@ -150,6 +150,19 @@ def test_fewer_threads_than_asked_for():
     assert_passes("check(work(), work('reference'))", OMP_THREAD_LIMIT="1")
 
 
+def test_the_same_bits_with_fewer_threads():
+    """As where a thread is left out because its core is busy: the work is divided as for all of them."""
+    script = """
+        import hashlib
+
+        print(hashlib.sha256(b"".join(result.numpy().tobytes() for result in work())).hexdigest())
+    """
+    script = textwrap.dedent(WORK) + textwrap.dedent(script)
+    one, two = (run_script(script, OMP_THREAD_LIMIT=limit) for limit in ("1", "2"))
+    assert one.stdout, one.stderr
+    assert one.stdout == two.stdout
+
+
 class TestFork:
     """In a child nothing may touch the OpenMP threads that its parent had: torch's own products, and so the other
     engines, would wait for them for ever. (DataLoader's workers set torch to one thread, which avoids it.)"""

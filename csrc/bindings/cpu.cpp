@@ -12,6 +12,7 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/memory.h"
+#include "../cpu/team.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -581,6 +582,8 @@ PYBIND11_MODULE(_cpu, m) {
       "Whether from now on, in the whole process, no row's values depend on how many rows there are; returns what "
       "held before.");
   m.def("is_batch_invariant", [] { return batch_invariant.load(); }, "What set_batch_invariant has set.");
+  m.def("threads_left_out", &threads_left_out,
+        "How many threads calls do without at the moment, because another process keeps their cores busy.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def(
       "multiplies_bfloat16", [] { return kernels().probes.dots_bf16 != nullptr; },

@@ -165,15 +165,20 @@ class ForwardPass {
   static constexpr bool narrow = sizeof(T) < sizeof(Sum);
 
  public:
-  ForwardPass(const Forward<T>& args, int threads)
+  // Whether a step computes the products of its inputs itself. That spares writing and reading them, but reads W_ih at
+  // every step (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9
+  // against 27.2). It decides how they are rounded, so it must not depend on how many threads there are in the end.
+  static bool input_products_within(const Forward<T>& a, int threads) {
+    const int64_t rows = plan(a, threads).rows, bytes = G * a.H * a.I * (int64_t)sizeof(T);
+    return !a.batch_invariant && rows >= 12 && bytes <= rows << 17 && bytes <= int64_t{1} << 23;
+  }
+
+  ForwardPass(const Forward<T>& args, int threads, bool within)
       : a_(args),
-        plan_(make_plan<T>(args, G, threads, 256, 1e5)),
+        plan_(plan(args, threads)),
         state_width_(round_up(args.H, W)),
-        output_width_(round_up(args.R, W)) {
-    // Input products within the step spare writing and reading them, but read W_ih at every step (Zen 5, LSTM forward
-    // of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9 against 27.2).
-    const int64_t bytes = G * a_.H * a_.I * (int64_t)sizeof(T);
-    within_ = !a_.batch_invariant && plan_.rows >= 12 && bytes <= plan_.rows << 17 && bytes <= int64_t{1} << 23;
+        output_width_(round_up(args.R, W)),
+        within_(within) {
     keeps_gates_ = a_.saved && Cell::kept && !a_.recompute;
     in_place_ = keeps_gates_ && sizeof(T) == sizeof(Sum);
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
@@ -209,6 +214,8 @@ class ForwardPass {
   }
 
  private:
+  static Plan plan(const Forward<T>& a, int threads) { return make_plan<T>(a, G, threads, 256, 1e5); }
+
   int work_in_team() {
     run_team(plan_.threads, [](void* self, const Team& team) { static_cast<ForwardPass*>(self)->work(team); }, this);
     return team_size_;
@@ -618,7 +625,9 @@ class BackwardPass {
     const Workspace workspace(measure.used);
     Arena arena{workspace.data()};
     lay_out(arena);
-    run_team(plan_.threads, [](void* self, const Team& team) { static_cast<BackwardPass*>(self)->work(team); }, this);
+    run_team(
+        apart_ ? undisturbed_threads(plan_.threads) : plan_.threads,
+        [](void* self, const Team& team) { static_cast<BackwardPass*>(self)->work(team); }, this);
     return team_size_;
   }
 
@@ -757,35 +766,44 @@ class BackwardPass {
   }
 
   void work(const Team& team) {
-    if (team.rank == 0) team_size_ = team.size;
-    if (team.size != plan_.threads) return;
-    Own o = own(team);
-    const int64_t T_ = a_.seq.T;
+    if (team.rank == 0) team_size_ = apart_ ? plan_.threads : team.size;
+    if (!apart_ && team.size != plan_.threads) return;
+    // As many shares as threads were planned. Apart, one thread may have several, one after the other.
+    const auto each_share = [&](auto&& f) {
+      for (int share = team.rank; share < plan_.threads; share += team.size)
+        f(Team{share, plan_.threads, team.barrier});
+    };
     clear_padding(a_.seq, a_.d_input, a_.I, team);
     for (int d = 0; d < a_.directions; ++d) {
-      prepare(d, team);
-      o.sum_weights = sum_weights(d, team.rank);
-      for (int64_t j = 0; j < slots_width(); ++j) o.sum_slots[j] = 0;
+      each_share([&](const Team& share) { prepare(d, share); });
       team.sync();
-      for (int64_t end = T_; end > 0; end -= plan_.chunk) {
-        const int64_t begin = larger(0, end - plan_.chunk);
-        if (a_.h_mask) mask_h(d, o, begin, end, team);
-        if (again()) compute_again(d, o, begin, end);
-        for (int64_t i = end - 1; i >= begin; --i) step(d, o, i, team);
-        if (begin == 0) step(d, o, -1, team);
-        if (plan_.by_rows && !apart_) team.sync();
-        const int64_t tokens = list_tokens(d, o, begin, end);
-        for (int64_t token = 0; token == 0 || token < tokens; token += slice())
-          weight_gradients(d, o, token, smaller(slice(), tokens - token), token > 0 || end < T_);
-        if (a_.d_input.data) {
-          const Range mine = apart_ ? Range{0, tokens} : part(tokens, team.rank, team.size);
-          input_gradients(d, o, mine);
-        }
-        if (!apart_) team.sync();
+      each_share([&](const Team& share) { chunks(d, share); });
+      team.sync();
+      each_share([&](const Team& share) { reduce(d, share); });
+      team.sync();
+    }
+  }
+
+  // Through all of time.
+  void chunks(int d, const Team& team) {
+    Own o = own(team);
+    o.sum_weights = sum_weights(d, team.rank);
+    for (int64_t j = 0; j < slots_width(); ++j) o.sum_slots[j] = 0;
+    for (int64_t end = a_.seq.T; end > 0; end -= plan_.chunk) {
+      const int64_t begin = larger(0, end - plan_.chunk);
+      if (a_.h_mask) mask_h(d, o, begin, end, team);
+      if (again()) compute_again(d, o, begin, end);
+      for (int64_t i = end - 1; i >= begin; --i) step(d, o, i, team);
+      if (begin == 0) step(d, o, -1, team);
+      if (plan_.by_rows && !apart_) team.sync();
+      const int64_t tokens = list_tokens(d, o, begin, end);
+      for (int64_t token = 0; token == 0 || token < tokens; token += slice())
+        weight_gradients(d, o, token, smaller(slice(), tokens - token), token > 0 || end < a_.seq.T);
+      if (a_.d_input.data) {
+        const Range mine = apart_ ? Range{0, tokens} : part(tokens, team.rank, team.size);
+        input_gradients(d, o, mine);
       }
-      team.sync();
-      reduce(d, team);
-      team.sync();
+      if (!apart_) team.sync();
     }
   }
 
@@ -1250,22 +1268,25 @@ class BackwardPass {
 };
 
 // OpenMP may give fewer threads than were asked for; the work is then planned anew for those there are.
-template <class Pass, class Arguments>
-static void run_pass(const Arguments& args, int threads) {
+template <class Make>
+static void run_pass(int threads, Make&& make) {
   for (;;) {
-    Pass pass(args, threads);
+    auto pass = make(threads);
     const int got = pass.run();
     if (got == pass.planned_threads()) return;
     threads = got < threads ? got : 1;
   }
 }
 
+// The same results for any number of threads, so it leaves out those that are in somebody's way.
 template <class T, class Cell>
 static void forward(const Forward<T>& args, int threads) {
-  run_pass<ForwardPass<T, Cell>>(args, threads);
+  using Pass = ForwardPass<T, Cell>;
+  const bool within = Pass::input_products_within(args, threads);
+  run_pass(undisturbed_threads(threads), [&](int now) { return Pass(args, now, within); });
 }
 
 template <class T, class Cell>
 static void backward(const Backward<T>& args, int threads) {
-  run_pass<BackwardPass<T, Cell>>(args, threads);
+  run_pass(threads, [&](int now) { return BackwardPass<T, Cell>(args, now); });
 }

@@ -4,7 +4,25 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
+#include <chrono>
+
 namespace fusedrnn {
+namespace {
+
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+// The larger of what an atomic holds and a value, in its place.
+void raise(std::atomic<int64_t>& highest, int64_t value) {
+  int64_t before = highest.load(std::memory_order_relaxed);
+  while (before < value && !highest.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
+  }
+}
+
+}  // namespace
 
 void Barrier::wait(int size) {
   const int generation = generation_.load(std::memory_order_relaxed);
@@ -13,15 +31,18 @@ void Barrier::wait(int size) {
     generation_.store(generation + 1, std::memory_order_release);
     return;
   }
+  int64_t begin = 0;
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
     if (spins < 2000) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     } else {
+      if (!begin) begin = nanoseconds();
       sched_yield();
     }
   }
+  if (begin) raise(longest_wait_, nanoseconds() - begin);
 }
 
 namespace {
@@ -59,11 +80,38 @@ struct Region {
   void* context;
   const OpenMp* openmp;
   Barrier barrier;
+  std::atomic<int64_t> earliest_end{INT64_MIN}, end{INT64_MIN};  // the first as its opposite
 };
 
 void run_member(void* data) {
   Region& region = *static_cast<Region*>(data);
   region.work(region.context, Team{region.openmp->thread_num(), region.openmp->num_threads(), &region.barrier});
+  const int64_t now = nanoseconds();
+  raise(region.earliest_end, -now);
+  raise(region.end, now);
+}
+
+// What undisturbed_threads knows: how many threads are held back, how many the last call that asked was given, and
+// until when, after a pause of what length. Calls from several threads at once may mix their updates, which costs some
+// time.
+std::atomic<int> held_back{0}, given{0};
+std::atomic<int64_t> until{0}, pause{0};
+constexpr int64_t ms = 1000000, shortest_pause = 50 * ms, longest_pause = 1000 * ms;
+
+void learn(int threads, int64_t wait, int64_t total) {
+  const bool disturbed = wait > ms && wait > total / 5;
+  if (!disturbed && held_back == 0) return;
+  const int64_t now = nanoseconds();
+  const bool holding_back = held_back > 0 && now < until;
+  if (!disturbed) {
+    if (!holding_back) held_back = 0;  // all were tried again, and none was in the way
+  } else if (!holding_back) {
+    pause = held_back > 0 ? std::min(2 * pause.load(), longest_pause) : shortest_pause;
+    held_back = std::max(1, held_back.load());
+    until = now + pause;
+  } else if (threads <= given) {
+    ++held_back;  // one less was not enough
+  }
 }
 
 }  // namespace
@@ -71,10 +119,15 @@ void run_member(void* data) {
 void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   static const OpenMp openmp;
   Region region{work, context, &openmp, {}};
-  if (threads > 1 && openmp.usable())
-    openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
-  else
-    work(context, Team{0, 1, &region.barrier});
+  if (threads < 2 || !openmp.usable()) return work(context, Team{0, 1, &region.barrier});
+  const int64_t begin = nanoseconds();
+  openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
+  const int64_t wait = region.end + region.earliest_end;
+  learn(threads, std::max(wait, region.barrier.longest_wait()), region.end - begin);
 }
+
+int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }
+
+int undisturbed_threads(int threads) { return given = std::max(1, threads - threads_left_out()); }
 
 }  // namespace fusedrnn

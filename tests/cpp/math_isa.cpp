@@ -42,10 +42,10 @@ const MathFunctions functions = {
 #define FUSEDRNN_STRING_(x) #x
 #define FUSEDRNN_STRING(x) FUSEDRNN_STRING_(x)
     FUSEDRNN_STRING(FUSEDRNN_ISA_NAME),
-    {sigmoid<float, 1>, sigmoid<float, 2>},
-    {tanh<float, 1>, tanh<float, 2>},
-    {sigmoid<double, 1>, sigmoid<double, 2>},
-    {tanh<double, 1>, tanh<double, 2>},
+    {sigmoid<float, 1>, sigmoid<float, 2>, sigmoid<float, 3>},
+    {tanh<float, 1>, tanh<float, 2>, tanh<float, 3>},
+    {sigmoid<double, 1>, sigmoid<double, 2>, sigmoid<double, 3>},
+    {tanh<double, 1>, tanh<double, 2>, tanh<double, 3>},
     convert<float, bf16>,
     convert<bf16, float>,
 };

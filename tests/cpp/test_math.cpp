@@ -121,7 +121,7 @@ void check_precision(const std::vector<const MathFunctions*>& isas, double sigmo
   const std::vector<long double> sigmoids = exact(in, exact_sigmoid);
   const std::vector<long double> tanhs = exact(in, [](long double x) { return std::tanh(x); });
   for (const MathFunctions* isa : isas)
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < 3; ++n) {
       const auto [sigmoid, tanh] = [&] {
         if constexpr (sizeof(T) == 4) return std::pair(isa->float_sigmoid[n], isa->float_tanh[n]);
         if constexpr (sizeof(T) == 8) return std::pair(isa->double_sigmoid[n], isa->double_tanh[n]);

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -76,6 +78,29 @@ void test_fork(const char* when) {
         WIFSIGNALED(status) ? "hangs or crashes" : "does not run alone");
 }
 
+// A thread that comes late is left out for a while, then tried again; one that comes late again, for longer.
+void test_disturbance() {
+  using std::chrono::milliseconds;
+  const auto late = [](milliseconds delay) {
+    run(2, [&](const Team& team) {
+      if (team.rank == 1) std::this_thread::sleep_for(delay);
+    });
+  };
+  CHECK(fusedrnn::undisturbed_threads(4) == 4, "a thread is left out at once");
+  late(milliseconds(20));
+  CHECK(fusedrnn::undisturbed_threads(4) == 3, "%d of 4 threads", fusedrnn::undisturbed_threads(4));
+  CHECK(fusedrnn::undisturbed_threads(1) == 1, "%d of 1 thread", fusedrnn::undisturbed_threads(1));
+  std::this_thread::sleep_for(milliseconds(60));
+  CHECK(fusedrnn::undisturbed_threads(4) == 4, "not all are tried again");
+  late(milliseconds(20));
+  const auto begin = std::chrono::steady_clock::now();
+  std::this_thread::sleep_for(milliseconds(60));
+  const int left_out = fusedrnn::threads_left_out();
+  // Unless this thread has overslept the second pause too.
+  if (std::chrono::steady_clock::now() - begin < milliseconds(90))
+    CHECK(left_out == 1, "the second pause is no longer than the first");
+}
+
 // Some threads for the runtime to remember, as another user of it would leave.
 void use_openmp_elsewhere() {
   std::atomic<int> seen{0};
@@ -96,6 +121,7 @@ int main() {
     test_order(threads);
   }
   test_nesting();
+  test_disturbance();
   test_fork("after some teams");
   const int size = team_size(3);
   CHECK(size == 3, "a team of %d after a fork", size);

@@ -46,6 +46,8 @@ class CpuEngine:
             notes += ", backward computes the gates again"
         if _cpu.is_batch_invariant():
             notes += ", batch-invariant"
+        if left_out := _cpu.threads_left_out():
+            notes += f", {left_out} of them left out: their cores are busy"
         return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{notes}"
 
     def forward(self, call: Call, save: bool) -> tuple[Outputs, Saved]:
