@@ -19,7 +19,7 @@ KERNELS = kernels(*DTYPES)
 
 #: Around the widths of vectors (4, 8, 16) and of blocks of columns (up to 64), and none a multiple of them.
 WIDTHS = (1, 3, 7, 17, 37, 65)
-#: Around blocks of rows (up to 12).
+#: Around blocks of rows (of 6 or 8) and groups of four of them.
 BATCHES = (1, 2, 3, 5, 8, 13, 33)
 STEPS = (1, 2, 5, 40)
 ON_OFF = (True, False)
