@@ -75,7 +75,7 @@ format: $(VENV)/tools
 wheel: $(VENV)/tools ## a wheel to give away, in dist/
 	rm -rf dist build/wheel
 	FUSEDRNN_REQUIRE_COMPILED=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel \
-	  -C build-dir=build/wheel/cmake .
+	  --config-settings=build-dir=build/wheel/cmake .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
@@ -90,8 +90,8 @@ wheel-check: ## install the wheel with nothing but torch and NumPy, and verify i
 gpu-build:
 	target=$$($(PYTHON) tools/gpu_target.py) && FUSEDRNN_REQUIRE_COMPILED=1 $(PYTHON) -m pip install --quiet \
 	  --disable-pip-version-check --no-index --no-build-isolation --no-deps --upgrade --target $(GPU_SITE) \
-	  -C build-dir=build/gpu/{wheel_tag} -C cmake.define.FUSEDRNN_CUDA=ON \
-	  -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$$target -C cmake.define.CMAKE_CUDA_FLAGS=-lineinfo .
+	  --config-settings=build-dir=build/gpu/{wheel_tag} --config-settings=cmake.define.FUSEDRNN_CUDA=ON \
+	  --config-settings=cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$$target --config-settings=cmake.define.CMAKE_CUDA_FLAGS=-lineinfo .
 	$(ON_GPU) -m fusedrnn info
 
 # Without torch's caching of memory the sanitizer sees where each tensor ends.
@@ -110,15 +110,15 @@ gpu-bench: gpu-build ## on a machine with a GPU: a part of the grid, SHARD=i/n, 
 
 # The extension is built again when its sources change; Python sources are used where they lie. Its folder is not the
 # one of `pip install .`, which would take over the single GPU target.
-INSTALL := $(PIP) --no-build-isolation --no-deps -C build-dir=build/test/{wheel_tag} \
-  -C cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU)
+INSTALL := $(PIP) --no-build-isolation --no-deps --config-settings=build-dir=build/test/{wheel_tag} \
+  --config-settings=cmake.define.FUSEDRNN_CUDA_ARCHITECTURES=$(TEST_GPU)
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	$(INSTALL) -C cmake.define.FUSEDRNN_CUDA=AUTO --editable .
+	$(INSTALL) --config-settings=cmake.define.FUSEDRNN_CUDA=AUTO --editable .
 	touch $@ $(VENV)/built-for-cpu
 
 # Without the kernels for GPUs, which can wait for the tests.
 $(VENV)/built-for-cpu: $(VENV)/tools $(SOURCES)
-	$(INSTALL) -C cmake.define.FUSEDRNN_CUDA=OFF --editable .
+	$(INSTALL) --config-settings=cmake.define.FUSEDRNN_CUDA=OFF --editable .
 	touch $@
 
 $(VENV)/tools: constraints.txt pyproject.toml
