@@ -14,6 +14,7 @@ struct Plan {
   bool by_rows;
   int64_t rows;   // the most that one thread handles at a step
   int64_t chunk;  // steps between meetings of recurrence and large products
+  bool ragged;    // not all sequences need have all steps
 };
 
 //
@@ -25,7 +26,7 @@ static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_t
   // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
   const double step_work = 2.0 * (double)a.seq.B * (double)a.R * (double)(gates * a.H);
   const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
-  Plan plan{threads, false, a.seq.B, 1};
+  Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
   if (work < 2e6) plan.threads = 1;
   plan.by_rows = plan.threads > 1 && a.seq.B >= 4 * plan.threads;
   if (!plan.by_rows && step_work < least_step) plan.threads = 1;
@@ -34,10 +35,13 @@ static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_t
   return plan;
 }
 
-// Vectors of a recurrent panel. A panel is the least that a thread can take of the units.
+// Vectors of a recurrent panel. A panel is the least that a thread can take of the units. Where sequences end on the
+// way fewer and fewer rows are left, hence panels as for few (Zen 5, 100,32,128,128 with 56% of the tokens, training on
+// 2 threads, time per token / that of the dense batch: RNN 1.26 -> 1.17, LSTM 1.14 -> 1.08).
 template <class T>
 static int panel_vectors(const Plan& plan, int64_t H) {
-  int vectors = Block<T>::vectors_for(larger(1, plan.rows), H);
+  const int64_t few = 6, rows = plan.ragged ? smaller(plan.rows, few) : plan.rows;
+  int vectors = Block<T>::vectors_for(larger(1, rows), H);
   if (!plan.by_rows && plan.threads > 1)
     while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < 2 * plan.threads) --vectors;
   return vectors;
