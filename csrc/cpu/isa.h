@@ -26,9 +26,13 @@
 namespace fusedrnn {
 namespace FUSEDRNN_ISA_NAME {
 #include "vec.h"
-// Each builds on the one before.
+// Each builds on those before.
 #include "gemm.h"
-#include "recurrence.h"
+// Next.
+#include "plan.h"
+// Last, both passes.
+#include "backward.h"
+#include "forward.h"
 // Needs vec.h alone.
 #include "probe.h"
 }  // namespace FUSEDRNN_ISA_NAME

@@ -1,0 +1,454 @@
+// Forward over a whole sequence, for any cell.
+
+template <class T, class Cell>
+class ForwardPass {
+  using Sum = SumOf<T>;
+  using S = Simd<Sum>;
+  using V = typename S::V;
+  static constexpr int G = Cell::gates, W = S::width, states = Cell::states;
+  static constexpr int64_t group = group_rows<T>;
+  // Whether h as products take it has fewer bits than the cell computes.
+  static constexpr bool narrow = sizeof(T) < sizeof(Sum);
+
+ public:
+  // Whether a step computes the products of its inputs itself. That spares writing and reading them, but reads W_ih at
+  // every step (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9
+  // against 27.2). It decides how they are rounded, so it must not depend on how many threads there are in the end.
+  static bool input_products_within(const Forward<T>& a, int threads) {
+    const int64_t rows = plan(a, threads).rows, bytes = G * a.H * a.I * (int64_t)sizeof(T);
+    return !a.batch_invariant && rows >= 12 && bytes <= rows << 17 && bytes <= int64_t{1} << 23;
+  }
+
+  ForwardPass(const Forward<T>& args, int threads, bool within)
+      : a_(args),
+        plan_(plan(args, threads)),
+        state_width_(round_up(args.H, W)),
+        output_width_(round_up(args.R, W)),
+        within_(within) {
+    keeps_gates_ = a_.saved && Cell::kept && !a_.recompute;
+    in_place_ = keeps_gates_ && sizeof(T) == sizeof(Sum);
+    gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
+    const int64_t weights = a_.directions * G * a_.H * (a_.I + a_.R) * (int64_t)sizeof(T);
+    const bool may_keep = !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)kept_limit();
+    // Packing a weight costs about as much as eight uses of it unpacked; to look whether what is kept is still right,
+    // as much as two.
+    packs_ = a_.seq.tokens() > (may_keep ? 2 : 8) || within_ || a_.batch_invariant;
+    keeps_ = packs_ && may_keep;
+  }
+
+  int planned_threads() const { return plan_.threads; }
+
+  // Runs and returns the size of the team. If that is not the planned one nothing has been done.
+  int run() {
+    Arena measure{nullptr};
+    lay_out(measure);
+    const Workspace workspace(measure.used);
+    Arena arena{workspace.data()};
+    lay_out(arena);
+    if (!keeps_) return work_in_team();
+    Arena size{nullptr};
+    lay_out_weights(size);
+    const Weights<const T>& w = a_.weights[0];
+    KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, panel_vectors<T>(plan_, a_.H),
+                      FUSEDRNN_VECTOR_BYTES, (int)sizeof(T)},
+                     size.used);
+    Arena weights{kept.data()};
+    lay_out_weights(weights);
+    new_ = kept.is_new();
+    if (work_in_team() == plan_.threads) kept.keep();
+    return team_size_;
+  }
+
+ private:
+  static Plan plan(const Forward<T>& a, int threads) { return make_plan<T>(a, G, threads, 256, 1e5); }
+
+  int work_in_team() {
+    run_team(plan_.threads, [](void* self, const Team& team) { static_cast<ForwardPass*>(self)->work(team); }, this);
+    return team_size_;
+  }
+
+  // Of one direction, used for both in turn; if they are kept, of each.
+  void lay_out_weights(Arena& arena) {
+    const size_t begin = arena.used;
+    const int vectors = panel_vectors<T>(plan_, a_.H);
+    const auto panels = [&](int64_t K, int64_t columns, int matrices) {
+      T* data = packs_ ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
+      return Panels<T>{data, K, columns, vectors, matrices};
+    };
+    w_ih_[0] = panels(a_.I, a_.H, G);
+    w_hh_[0] = panels(a_.R, a_.H, G);
+    for (int g = 1; g < G; ++g) {
+      w_ih_[g] = w_ih_[0], w_ih_[g].index = g;
+      w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
+    }
+    if (a_.projected) w_hr_ = panels(a_.H, a_.R, 1);
+    if (!keeps_) return;
+    const size_t each = arena.used - begin;
+    between_directions_ = (int64_t)(each / sizeof(T));
+    arena.used += (a_.directions - 1) * each;
+    fingerprints_ = arena.take<uint64_t>(a_.directions * fingerprints());
+  }
+
+  // How many panels one direction's weights have.
+  int64_t fingerprints() const { return 2 * G * w_hh_[0].count() + (a_.projected ? w_hr_.count() : 0); }
+
+  Panels<T> of(int d, Panels<T> w) const {
+    if (w.data) w.data += d * between_directions_;
+    return w;
+  }
+
+  void lay_out(Arena& arena) {
+    const int64_t B = a_.seq.B;
+    if (!keeps_) lay_out_weights(arena);
+    for (int g = 0; g < G; ++g) {
+      bias_x_[g] = arena.take<Sum>(state_width_);
+      bias_r_[g] = arena.take<Sum>(state_width_);
+    }
+    for (T*& h : h_) h = arena.take<T>(B * output_width_);
+    for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
+    if (a_.projected) unprojected_ = arena.take<T>(B * state_width_);
+    if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
+    if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
+    sums_ = arena.take<Sum>(plan_.threads * sums_size());
+    left_ = arena.take<const T*>(plan_.threads * pointers());
+    places_ = arena.take<Sum*>(plan_.threads * pointers());
+  }
+
+  static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
+  int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
+
+  void work(const Team& team) {
+    if (team.rank == 0) team_size_ = team.size;
+    if (team.size != plan_.threads) return;
+    Share<T> share{};
+    const bool by_rows = plan_.by_rows;
+    share.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
+    share.units = by_rows ? Range{0, w_hh_[0].count()} : part(w_hh_[0].count(), team.rank, team.size);
+    if (a_.projected) share.outputs = by_rows ? Range{0, w_hr_.count()} : part(w_hr_.count(), team.rank, team.size);
+    share.sums = sums_ + team.rank * sums_size();
+    share.left = left_ + team.rank * pointers();
+    share.places = places_ + team.rank * pointers();
+    if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
+    clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
+    for (int s = 1; s < states; ++s) clear_padding(a_.seq, a_.states[s], a_.directions * a_.H, team);
+    for (int d = 0; d < a_.directions; ++d) {
+      prepare(d, team);
+      team.sync();
+      for (int64_t begin = 0; begin < a_.seq.T; begin += plan_.chunk) {
+        const int64_t end = smaller(a_.seq.T, begin + plan_.chunk);
+        if (!within_) project_inputs(d, share, begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+          step(d, share, begin, i);
+          if (a_.projected) {
+            if (!by_rows) team.sync();
+            project_output(d, share, i);
+          }
+          finish(d, share, i);
+          if (a_.seq.resets) start_anew(d, share, i + 1);
+          if (!by_rows) team.sync();
+        }
+      }
+      team.sync();
+    }
+  }
+
+  int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
+
+  // Whether the cell wants the input and the recurrent product of gate g apart, not their sum.
+  static constexpr bool apart(int g) { return Cell::input_slot[g] != Cell::recurrent_slot[g]; }
+
+  // out = or += n rows times panel p of w; or =, where w is not packed, times the same columns of its origin.
+  void multiply(const T* const* rows, int64_t n, const Panels<T>& w, int64_t p, const T* unpacked, Sum* out,
+                bool add = false) const {
+    const int nv = w.vectors_of(p);
+    if (w.data)
+      multiply_panel(rows, n, w.K, w.panel(p), nv, out, nv * W, add);
+    else
+      multiply_unpacked(rows, n, w.K, unpacked, w.first(p), w.last(p), out, nv * W);
+  }
+
+  // Packs weights, adds biases, copies initial states: a part each.
+  void prepare(int d, const Team& team) {
+    const Weights<const T>& w = a_.weights[d];
+    const int64_t H = a_.H, B = a_.seq.B, panels = w_hh_[0].count();
+    const Range mine = part(G * panels, team.rank, team.size);
+    for (int64_t item = mine.first; item < mine.last; ++item) {
+      const int64_t g = item / panels, p = item % panels;
+      pack(of(d, w_ih_[g]), p, w.w_ih + g * H * a_.I, d * fingerprints() + item);
+      pack(of(d, w_hh_[g]), p, w.w_hh + g * H * a_.R, d * fingerprints() + G * panels + item);
+      for (int64_t j = w_hh_[g].first(p); j < w_hh_[g].last(p); ++j) {
+        const Sum x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
+        bias_x_[g][j] = apart(g) ? x : x + r;
+        bias_r_[g][j] = apart(g) ? r : Sum(0);
+      }
+    }
+    if (a_.projected) {
+      const Range outputs = part(w_hr_.count(), team.rank, team.size);
+      for (int64_t p = outputs.first; p < outputs.last; ++p)
+        pack(of(d, w_hr_), p, w.w_hr, d * fingerprints() + 2 * G * panels + p);
+    }
+    const Range rows = part(B, team.rank, team.size);
+    for (int64_t b = rows.first; b < rows.last; ++b)
+      for (int s = 0; s < states; ++s) {
+        const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
+        const T* initial = a_.initial(d, s, 0, b);
+        const bool empty = b >= a_.seq.size(0);
+        for (int64_t j = 0; j < padded; ++j) {
+          const T value = initial && j < width ? initial[j] : T(0);
+          if (empty && j < width) a_.final[s][a_.state_at(d, s, b) + j] = value;
+          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
+          if (state_[s]) state_[s][b * padded + j] = value;
+        }
+      }
+  }
+
+  // Packs a panel, unless an earlier call has done it and its weights are still the same.
+  void pack(Panels<T> packed, int64_t p, const T* w, int64_t index) const {
+    if (!packed.data) return;
+    if (keeps_) {
+      const uint64_t now = fingerprint(w + packed.first(p) * packed.K, (packed.last(p) - packed.first(p)) * packed.K);
+      if (!new_ && fingerprints_[index] == now) return;
+      fingerprints_[index] = now;
+    }
+    pack_transposed(packed, p, w);
+  }
+
+  // Where the input products of row b at order i wait for their step.
+  Sum* products_at(int d, int64_t begin, int64_t i, int64_t b) const {
+    if (within_) return nullptr;
+    if (!in_place_) return gates_ + ((i - begin) * a_.seq.B + b) * gates_width_;
+    return reinterpret_cast<Sum*>(kept_at(d, i, b));
+  }
+
+  // Where backward will find what the cell keeps of row b at order i.
+  T* kept_at(int d, int64_t i, int64_t b) const {
+    return saved(d).kept + (a_.seq.start(time(d, i)) + b) * Cell::kept * a_.H;
+  }
+
+  Saved<T> saved(int d) const {
+    const int64_t tokens = a_.seq.tokens();
+    const int kept = a_.recompute ? 0 : Cell::kept;
+    const int64_t each = saved_size(kept, states, tokens, a_.H, a_.R, a_.projected);
+    return saved_view(a_.saved + d * each, kept, states, tokens, a_.H);
+  }
+
+  // gates = x W_ih^T + bias for the rows and units of one thread, orders [begin, end).
+  void project_inputs(int d, const Share<T>& share, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t b = share.rows.first; b < smaller(share.rows.last, a_.seq.size(time(d, i))); ++b) {
+        share.left[count] = a_.input.at(a_.seq, time(d, i), b);
+        share.places[count++] = products_at(d, begin, i, b);
+      }
+    for (int64_t p = share.units.first; p < share.units.last; ++p)
+      for (int g = 0; g < G; ++g) {
+        const Panels<T> w = of(d, w_ih_[g]);
+        const int64_t first = w.first(p), columns = w.last(p) - first, ldo = w.vectors_of(p) * W;
+        const int64_t place = (in_place_ ? Cell::input_slot[g] : g) * a_.H + first;
+        for_groups<T>(0, count, [&](int64_t r, int64_t n) {
+          multiply(share.left + r, n, w, p, a_.weights[d].w_ih + g * a_.H * a_.I, share.sums);
+          for (int64_t k = 0; k < n; ++k)
+            for (int64_t j = 0; j < columns; j += W)
+              S::store(share.places[r + k] + place + j,
+                       S::load(share.sums + k * ldo + j) + S::load(bias_x_[g] + first + j),
+                       (int)smaller(W, columns - j));
+        });
+      }
+  }
+
+  // One time step for the rows and units of one thread.
+  void step(int d, const Share<T>& share, int64_t begin, int64_t i) {
+    const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
+    const T* h = h_[i & 1];
+    const T* entering = a_.h_mask ? share.masked : h;
+    if (a_.h_mask)
+      for (int64_t b = share.rows.first; b < last_row; ++b)
+        apply_mask(h + b * output_width_, a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
+    for (int64_t k = share.units.first; k < share.units.last; ++k) {
+      const int64_t p = in_turn(share.units, k, i), first = w_hh_[0].first(p), last = w_hh_[0].last(p);
+      const int nv = w_hh_[0].vectors_of(p);
+      for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
+        const int64_t plane = group * nv * W;  // of each slot
+        if (within_) {
+          for (int64_t k = 0; k < n; ++k) share.left[k] = a_.input.at(a_.seq, t, row + k);
+          for (int g = 0; g < G; ++g)
+            multiply(share.left, n, of(d, w_ih_[g]), p, nullptr, share.sums + Cell::input_slot[g] * plane);
+        }
+        for (int64_t k = 0; k < n; ++k) share.left[k] = entering + (row + k) * output_width_;
+        for (int k = 0; k < G; ++k) {
+          const int g = (int)in_turn({0, G}, k, i);
+          multiply(share.left, n, of(d, w_hh_[g]), p, a_.weights[d].w_hh + g * a_.H * a_.R,
+                   share.sums + Cell::recurrent_slot[g] * plane, within_ && !apart(g));
+        }
+        for (int64_t k = 0; k < n; ++k) {
+          const Destination to = destination(d, begin, i, t, row + k);
+          for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
+            gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), plane, j,
+                               lanes);
+          });
+        }
+      });
+    }
+  }
+
+  // Where one row's values of one step go; null what is not wanted.
+  struct Destination {
+    Sum* products;  // of the inputs, unless the step makes them
+    T *kept, *h, *output;
+    Sum* state[states];      // carried states, see state_
+    T* every_state[states];  // their values at each step
+    T* saved_state[states];  // for backward
+    int64_t lots[states];    // of zoneout
+  };
+
+  Destination destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b) const {
+    Destination to{};
+    to.products = products_at(d, begin, i, b);
+    if (keeps_gates_) to.kept = kept_at(d, i, b);
+    to.h = a_.projected ? unprojected_ + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
+    if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+    for (int s = 0; s < states; ++s)
+      if (state_[s]) to.state[s] = state_[s] + b * state_width_;
+    for (int s = 1; s < states; ++s) {
+      if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
+    }
+    for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
+    if (a_.saved)
+      for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
+    return to;
+  }
+
+  // The gates of units [j, j + M::width) of one row.
+  template <class M, class V = typename M::V>
+  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const Sum* sums, int64_t plane,
+                                                   int64_t j, int lanes) const {
+    V x[G], r[G], prev[states], next[states], keep[Cell::slots];
+    for (int g = 0; g < G; ++g) {
+      if (within_) {
+        x[g] = M::load(bias_x_[g] + j);
+        if (apart(g)) x[g] = x[g] + M::load(sums + Cell::input_slot[g] * plane);
+      } else {
+        x[g] = M::load(to.products + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, lanes);
+      }
+      r[g] = M::load(sums + Cell::recurrent_slot[g] * plane);
+      if (apart(g)) r[g] = r[g] + M::load(bias_r_[g] + j);
+    }
+    if constexpr (narrow)
+      prev[0] = a_.projected ? M::zero() : M::load(to.state[0] + j);
+    else
+      prev[0] = a_.projected ? M::zero() : M::load(h + j);
+    for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
+    Cell::template forward<M>(x, r, prev, next, keep);
+    for (int s = 0; s < states; ++s)
+      if (a_.zoneout.rate[s] > 0) {
+        const V stays = zoned_out<M, Sum>(a_.zoneout, s, to.lots[s] + j);
+        // What has no share has none even if it is infinite or NaN.
+        const V before = M::where_positive(stays, prev[s]), after = M::where_positive(Sum(1) - stays, next[s]);
+        next[s] = M::multiply_add(stays, before, (Sum(1) - stays) * after);
+      }
+    M::store(to.h + j, next[0]);
+    if constexpr (narrow)
+      if (to.state[0]) M::store(to.state[0] + j, next[0]);
+    for (int s = 1; s < states; ++s) {
+      M::store(to.state[s] + j, next[s]);
+      if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
+    }
+    if (to.output) M::store(to.output + j, next[0], lanes);
+    if (keeps_gates_)
+      for (int k = 0; k < Cell::kept; ++k) M::store(to.kept + k * a_.H + j, keep[k], lanes);
+    if (a_.saved)
+      for (int s = 0; s < states; ++s) M::store(to.saved_state[s] + j, next[s], lanes);
+  }
+
+  // h = W_hr (o tanh c) for the rows and outputs of one thread.
+  void project_output(int d, const Share<T>& share, int64_t i) {
+    const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
+    T* h = h_[(i + 1) & 1];
+    for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
+      const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
+      for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
+        for (int64_t k = 0; k < n; ++k) share.left[k] = unprojected_ + (row + k) * state_width_;
+        multiply(share.left, n, of(d, w_hr_), p, a_.weights[d].w_hr, share.sums);
+        for (int64_t k = 0; k < n; ++k)
+          for (int64_t j = 0; j < columns; j += W) {
+            const V value = S::load(share.sums + k * ldo + j);
+            const int lanes = (int)smaller(W, columns - j);
+            const int64_t b = row + k;
+            S::store(h + b * output_width_ + first + j, value);
+            if (a_.output.data) S::store(a_.output.at(a_.seq, t, b) + d * a_.R + first + j, value, lanes);
+            if (a_.saved) S::store(saved(d).projected + (a_.seq.start(t) + b) * a_.R + first + j, value, lanes);
+          }
+      });
+    }
+  }
+
+  // Final states of the rows whose sequence ends with order i.
+  void finish(int d, const Share<T>& share, int64_t i) {
+    const int64_t active = a_.seq.size(time(d, i));
+    const int64_t stay = i + 1 < a_.seq.T ? smaller(active, a_.seq.size(time(d, i + 1))) : 0;
+    for (int64_t b = larger(share.rows.first, stay); b < smaller(share.rows.last, active); ++b)
+      for (int s = 0; s < states; ++s) {
+        T* to = a_.final[s] + a_.state_at(d, s, b);
+        const Range mine = columns(share, s);
+        with_carried(s, i + 1, b, [&](auto* from) {
+          for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from[j];
+        });
+      }
+  }
+
+  // Of the rows whose segment starts with order i, the states of the reset in place of those carried there.
+  void start_anew(int d, const Share<T>& share, int64_t i) {
+    for (int64_t b = share.rows.first; b < share.rows.last; ++b)
+      if (a_.seq.cut(d, i, b))
+        for (int s = 0; s < states; ++s) {
+          const T* from = a_.initial(d, s, i, b);
+          const Range mine = columns(share, s);
+          with_carried(s, i, b, [&](auto* to) {
+            for (int64_t j = mine.first; j < mine.last; ++j) to[j] = from ? from[j] : T(0);
+          });
+        }
+  }
+
+  // Calls f with state s of one row as it enters order i.
+  template <class F>
+  void with_carried(int s, int64_t i, int64_t b, F&& f) const {
+    if (s == 0) f(h_[i & 1] + b * output_width_);
+    if (state_[s]) f(state_[s] + b * state_width_);
+  }
+
+  // The columns of state s that one thread computes.
+  Range columns(const Share<T>& share, int s) const {
+    const bool outputs = s == 0 && a_.projected;
+    return columns_of(outputs ? w_hr_ : w_hh_[0], outputs ? share.outputs : share.units);
+  }
+
+  const Forward<T>& a_;
+  const Plan plan_;
+  int team_size_ = 0;
+  const int64_t state_width_, output_width_;  // H and R rounded up to whole vectors
+  bool within_;                               // a step projects its inputs itself
+  bool keeps_gates_;                          // for backward
+  bool in_place_;                             // input products lie where backward will find the gates
+  int64_t gates_width_;
+  bool packs_, keeps_;      // weights are packed; for later calls too
+  bool new_ = true;         // what is kept holds nothing yet
+  uint64_t* fingerprints_;  // of the weights that the kept panels were packed from
+  int64_t between_directions_ = 0;
+  Panels<T> w_ih_[G], w_hh_[G], w_hr_;
+  Sum *bias_x_[G], *bias_r_[G];
+  T* h_[2];  // h of the previous step and of this one, in turn
+  // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
+  Sum* state_[states] = {};
+  T *unprojected_, *masked_;
+  Sum *gates_, *sums_;
+  const T** left_;
+  Sum** places_;
+};
+
+// The same results for any number of threads, so it leaves out those that are in somebody's way.
+template <class T, class Cell>
+static void forward(const Forward<T>& args, int threads) {
+  using Pass = ForwardPass<T, Cell>;
+  const bool within = Pass::input_products_within(args, threads);
+  run_pass(undisturbed_threads(threads), [&](int now) { return Pass(args, now, within); });
+}

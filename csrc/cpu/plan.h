@@ -1,0 +1,169 @@
+// How the work of a call is divided, and what both passes through time, forward.h and backward.h, share.
+//
+// Work is divided among threads in one of two ways (Plan). By rows: each thread takes some sequences of the batch
+// through all of time; no thread waits for another until the end. By units: each thread computes some hidden units of
+// every sequence, and all meet at a barrier after each step; for batches too small to be split.
+//
+// Time goes in chunks. Forward projects a chunk's inputs (x W_ih^T) just before its steps need them, or, where a step
+// has many rows, within the step itself; backward turns a chunk's gate gradients into gradients of weights and inputs
+// just after its steps produced them, so that either is still in the cache.
+
+// How a call is divided.
+struct Plan {
+  int threads;
+  bool by_rows;
+  int64_t rows;   // the most that one thread handles at a step
+  int64_t chunk;  // steps between meetings of recurrence and large products
+  bool ragged;    // not all sequences need have all steps
+};
+
+// With fewer flops than `least_step` a step is not worth its barrier (Zen 5, 2 threads instead of 1: inference of LSTM
+// 1000,1,96,96 took 2.07 ms instead of 1.63, of 1000,1,128,128 2.58 instead of 2.85; training of 1000,2,64,64 2.50
+// instead of 2.74, as backward has much besides the steps).
+template <class T>
+static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step) {
+  // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
+  const double step_work = 2.0 * (double)a.seq.B * (double)a.R * (double)(gates * a.H);
+  const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
+  Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
+  if (work < 2e6) plan.threads = 1;
+  plan.by_rows = plan.threads > 1 && a.seq.B >= 4 * plan.threads;
+  if (!plan.by_rows && step_work < least_step) plan.threads = 1;
+  if (plan.by_rows && !a.seq.sizes) plan.rows = ceil_div(a.seq.B, plan.threads);
+  plan.chunk = larger(2, smaller(a.seq.T, chunk_tokens / larger(1, plan.rows)));
+  return plan;
+}
+
+// Vectors of a recurrent panel. A panel is the least that a thread can take of the units. Where sequences end on the
+// way fewer and fewer rows are left, hence panels as for few (Zen 5, 100,32,128,128 with 56% of the tokens, training on
+// 2 threads, time per token / that of the dense batch: RNN 1.26 -> 1.17, LSTM 1.14 -> 1.08).
+template <class T>
+static int panel_vectors(const Plan& plan, int64_t H) {
+  const int64_t few = 6, rows = plan.ragged ? smaller(plan.rows, few) : plan.rows;
+  int vectors = Block<T>::vectors_for(larger(1, rows), H);
+  if (!plan.by_rows && plan.threads > 1)
+    while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < 2 * plan.threads) --vectors;
+  return vectors;
+}
+
+struct Range {
+  int64_t first, last;
+};
+
+// The k-th of a range at step i: every other step goes backwards, and so begins with what the one before left in the
+// cache (Zen 5, 1 MB of L2, inference of LSTM 100,1,512,512: 6.05 and 5.56 ms).
+static inline int64_t in_turn(Range range, int64_t k, int64_t i) {
+  return i & 1 ? range.last - 1 - (k - range.first) : k;
+}
+
+// The rank-th of `size` even parts of n.
+static inline Range part(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
+
+// Sequences of the rank-th thread, so that the one with most to do has as little as possible. A step costs a thread
+// about as much as one sequence more (Zen 5: 1.2 to 1.4), so that the one with the longest sequences gets fewer tokens.
+static inline Range rows_part(const Sequence& seq, int rank, int size) {
+  if (!seq.sizes) return part(seq.B, rank, size);
+  // Those of the last of some threads, when each takes from the longest left as many as cost it no more than `most`.
+  const auto take = [&](int64_t most, int threads) {
+    Range rows{0, 0};
+    for (int64_t length = seq.T; threads > 0; --threads) {
+      rows.first = rows.last;
+      for (int64_t cost = 0; rows.last < seq.B; ++rows.last) {
+        while (length > 0 && seq.sizes[length - 1] <= rows.last) --length;
+        cost += rows.last == rows.first ? 2 * length : length;
+        if (cost > most) break;
+      }
+    }
+    return rows;
+  };
+  int64_t low = 0, high = seq.tokens() + seq.T;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (take(middle, size).last < seq.B)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return take(low, rank + 1);
+}
+
+// Zeros behind the end of each sequence of a padded batch: some steps for each thread.
+template <class T>
+static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t width, const Team& team) {
+  if (!seq.order || !rows.data) return;
+  const Range steps = part(seq.T, team.rank, team.size);
+  for (int64_t t = steps.first; t < steps.last; ++t)
+    for (int64_t b = seq.size(t); b < seq.B; ++b) {
+      T* row = rows.at(seq, t, b);
+      for (int64_t j = 0; j < width; ++j) row[j] = 0;
+    }
+}
+
+// A thread's share of every division, and its own scratch.
+template <class T>
+struct Share {
+  Range rows, units, outputs;  // sequences; panels of hidden units; panels of the output h
+  SumOf<T>* sums;              // products of a group of rows with one panel per gate
+  const T** left;              // rows to multiply
+  SumOf<T>** places;           // where their products go
+  T* masked;                   // h as it enters the recurrent products, if they see it through a mask
+};
+
+// Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.
+constexpr int64_t group_blocks = 4;
+template <class T>
+constexpr int64_t group_rows = group_blocks * Block<T>::max_rows;
+
+// Calls f(row, n) for groups of rows [first, last): as few blocks of the micro-kernel as possible, of even size.
+template <class T, class F>
+FUSEDRNN_INLINE void for_groups(int64_t first, int64_t last, F&& f) {
+  const int64_t n = last - first, blocks = ceil_div(n, Block<T>::max_rows);
+  for (int64_t b = 0; b < blocks; b += group_blocks) {
+    const int64_t row = first + n * b / blocks;
+    f(row, first + n * smaller(b + group_blocks, blocks) / blocks - row);
+  }
+}
+
+// Calls f(Math<SumOf<T>, N>, j, lanes) for columns [first, last), two or three full vectors at a time; `lanes` of a
+// single vector exist.
+template <class T, class F>
+FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
+  using Sum = SumOf<T>;
+  constexpr int64_t W = Simd<Sum>::width;
+  if constexpr (FUSEDRNN_VECTOR_BYTES == 64)
+    if (((last - first) / W & 1) != 0 && first + 3 * W <= last) f(Math<Sum, 3>{}, first, (int)W), first += 3 * W;
+  for (; first + 2 * W <= last; first += 2 * W) f(Math<Sum, 2>{}, first, (int)W);
+  for (; first < last; first += W) f(Math<Sum, 1>{}, first, (int)smaller(W, last - first));
+}
+
+// The columns of some panels.
+template <class T>
+static Range columns_of(const Panels<T>& panels, Range mine) {
+  return mine.first < mine.last ? Range{panels.first(mine.first), panels.last(mine.last - 1)} : Range{0, 0};
+}
+
+// What zoneout leaves of the state before in the units from `place` on, as many as M computes at once.
+template <class M, class T, class V = typename M::V>
+FUSEDRNN_INLINE V zoned_out(const Zoneout& zoneout, int s, int64_t place) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  T each[lanes];
+  for (int64_t k = 0; k < lanes; ++k) each[k] = (T)zoneout.stays(s, place + k);
+  return M::load(each);
+}
+
+// to[b] = from[b] times a mask of its own, for some columns.
+template <class Value, class T>
+static void apply_mask(const Value* from, const T* mask, int64_t columns, Value* to) {
+  for (int64_t j = 0; j < columns; ++j) to[j] = from[j] * mask[j];
+}
+
+// OpenMP may give fewer threads than were asked for; the work is then planned anew for those there are.
+template <class Make>
+static void run_pass(int threads, Make&& make) {
+  for (;;) {
+    auto pass = make(threads);
+    const int got = pass.run();
+    if (got == pass.planned_threads()) return;
+    threads = got < threads ? got : 1;
+  }
+}
