@@ -21,11 +21,7 @@ class BackwardPass {
 
   // Runs and returns the size of the team. If that is not the planned one nothing has been done.
   int run() {
-    Arena measure{nullptr};
-    lay_out(measure);
-    const Workspace workspace(measure.used);
-    Arena arena{workspace.data()};
-    lay_out(arena);
+    const Workspace workspace([this](Arena& arena) { lay_out(arena); });
     run_team(
         apart_ ? undisturbed_threads(plan_.threads) : plan_.threads,
         [](void* self, const Team& team) { static_cast<BackwardPass*>(self)->work(team); }, this);

@@ -40,11 +40,7 @@ class ForwardPass {
 
   // Runs and returns the size of the team. If that is not the planned one nothing has been done.
   int run() {
-    Arena measure{nullptr};
-    lay_out(measure);
-    const Workspace workspace(measure.used);
-    Arena arena{workspace.data()};
-    lay_out(arena);
+    const Workspace workspace([this](Arena& arena) { lay_out(arena); });
     if (!keeps_) return work_in_team();
     Arena size{nullptr};
     lay_out_weights(size);

@@ -28,19 +28,6 @@ void release(Memory block);
 // 256 MiB, or FUSEDRNN_KEPT_MB. (Training of LSTM 50,64,1024,1024 in the benchmark: 815 ms; with 128 MiB 920-1100.)
 size_t kept_limit();
 
-// A block for as long as a call takes. Throws std::bad_alloc.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) : block_(allocate(bytes)) {}
-  ~Workspace() { release(block_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  char* data() const { return block_.data; }
-
- private:
-  Memory block_;
-};
-
 // Hands out pieces of a block. Run over a null block first, the same sequence of requests yields the size to allocate.
 struct Arena {
   char* base;
@@ -51,6 +38,25 @@ struct Arena {
     used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return piece;
   }
+};
+
+// A block for as long as a call takes, cut by lay_out(Arena&) into the pieces that it wants. Throws std::bad_alloc.
+class Workspace {
+ public:
+  template <class LayOut>
+  inline __attribute__((always_inline)) explicit Workspace(LayOut&& lay_out) {
+    Arena measure{nullptr};
+    lay_out(measure);
+    block_ = allocate(measure.used);
+    Arena arena{block_.data};
+    lay_out(arena);
+  }
+  ~Workspace() { release(block_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+ private:
+  Memory block_;
 };
 
 }  // namespace fusedrnn

@@ -161,7 +161,11 @@ def verdict(results: Results) -> str:
         f"At least even with the best peer in {len(judged) - len(lost)} of {len(judged)} cells"
         f" (lower quartile of the rounds' ratios at least {EVEN})"
     )
-    lines = [f"  {m.group}, {m.shape}: {m.best_peer} is ahead, ratio {m.peer_ratio:.2f}" for m in lost]
+    lines = []
+    for m in lost:
+        assert m.peer_ratio is not None
+        ahead = "is ahead" if m.peer_ratio < 1 else "may be ahead, it varied"
+        lines.append(f"  {m.group}, {m.shape}: {m.best_peer} {ahead}, ratio {m.peer_ratio:.2f}")
     return "\n".join([f"{text}{':' if lost else '.'}", *lines])
 
 
