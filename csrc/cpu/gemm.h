@@ -189,17 +189,38 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
     }
 }
 
+// Calls f(k, n) for stretches [k, k + n) of K, each one chain of additions; for an empty one if there is nothing.
+//
+// Chains are short since errors grow with the root of their length. Error of a training step 100,64,256,256 against
+// float64, largest of any tensor, machine epsilons, with 256 products in a chain and with 64: LSTM 8.6, 2.7 (torch's
+// 13.8); GRU 9.0, 2.6 (2.9); RNN 9.3, 2.7 (3.1). Forward takes as long as with 256, backward up to 2% more; with 32
+// backward takes 4 to 7% more. Where values are rounded to fewer bits than sums have it makes no difference.
+template <class T, class F>
+FUSEDRNN_INLINE void for_chains(int64_t K, F&& f) {
+  constexpr int64_t most = sizeof(T) < sizeof(SumOf<T>) ? 512 : 64;
+  int64_t k = 0;
+  for (; K - k > most; k += most) f(k, most);
+  f(k, K - k);
+}
+
+// The same, chain by chain.
 template <class T, int MR, int NV>
 static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
                       bool add) {
   Rows<T, MR> left;
   for (int r = 0; r < MR; ++r) left.row[r] = rows[r] + first_k;
-  tile<T, MR, NV>(K, left, panel, out, ldo, add);
+  for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    tile<T, MR, NV>(n, left, panel + k * NV * Block<T>::width, out, ldo, add || k > 0);
+    for (int r = 0; r < MR; ++r) left.row[r] += n;
+  });
 }
 
 template <class T, int MR, int NV>
 static void transposed_tile(int64_t K, const T* block, const T* panel, SumOf<T>* out, int64_t ldo, bool add) {
-  tile<T, MR, NV>(K, Transposed<T>{block}, panel, out, ldo, add);
+  for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const Transposed<T> left{block + k * Block<T>::max_rows};
+    tile<T, MR, NV>(n, left, panel + k * NV * Block<T>::width, out, ldo, add || k > 0);
+  });
 }
 
 // Calls f.template call<MR, NV>() for run-time MR and NV.
@@ -444,20 +465,24 @@ static void pack_blocks(const T* const* rows, int64_t K, int64_t first, int64_t 
         for (int64_t i = 0; i < depth; ++i) *out++ = k + i < K && first + r < last ? rows[k + i][first + r] : T(0);
 }
 
-// sums[first, last) += the sums of those columns of rows[0 .. n).
+// sums[first, last) += the sums of those columns of rows[0 .. n), in short chains.
 template <class T>
 static void add_rows(const T* const* rows, int64_t n, int64_t first, int64_t last, SumOf<T>* sums) {
   using S = Simd<SumOf<T>>;
   using V = typename S::V;
   for (; first < last; first += S::width) {
     const int lanes = (int)smaller(S::width, last - first);
-    V even = S::load(sums + first, lanes), odd{};
-    int64_t k = 0;
-    for (; k + 2 <= n; k += 2) {
-      even += S::load(rows[k] + first, lanes);
-      odd += S::load(rows[k + 1] + first, lanes);
-    }
-    if (k < n) even += S::load(rows[k] + first, lanes);
-    S::store(sums + first, even + odd, lanes);
+    V sum{};
+    for_chains<SumOf<T>>(n, [&](int64_t k, int64_t count) {
+      V even{}, odd{};
+      const int64_t end = k + count;
+      for (; k + 2 <= end; k += 2) {
+        even += S::load(rows[k] + first, lanes);
+        odd += S::load(rows[k + 1] + first, lanes);
+      }
+      if (k < end) even += S::load(rows[k] + first, lanes);
+      sum += even + odd;
+    });
+    S::store(sums + first, sum + S::load(sums + first, lanes), lanes);
   }
 }
