@@ -85,6 +85,7 @@ def first_call(driver: Driver, cell: str, mode: str) -> Finding:
         for _ in range(_FRESH_PROCESSES):
             try:
                 with driver.fresh(name, 1) as handle:
+                    handle.ask("prepare_autograd")
                     handle.ask("load", "task", task)
                     first, second = handle.ask("time", "task", 2, 1, False).seconds
                 extra.append(1e3 * (first - second))

@@ -106,6 +106,12 @@ class Worker:
         waiting = None if waited is None or now is None else max(0.0, now - waited) / passed
         return Slice(seconds, waiting, time.process_time() - used)
 
+    def prepare_autograd(self) -> None:
+        """Let torch import what it does when backward is given a gradient for the first time (SymPy, 0.2 s), whatever
+        there is to differentiate. A loss is one number and needs none."""
+        x = torch.ones(1, requires_grad=True)
+        torch.autograd.grad(2 * x, x, torch.ones(1))
+
     def peak(self, label: str) -> int:
         """Bytes by which the process's memory grows at most while a task runs.
 
