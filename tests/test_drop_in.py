@@ -21,6 +21,7 @@ from support import (
     instruction_set,
     loss_of,
     run_script,
+    the_long_way,
     twins,
 )
 from torch.nn.utils import parametrizations, parametrize
@@ -143,6 +144,51 @@ class TestSameResults:
         assert_close(results[1], results[0])
         assert_equal(results[2], results[1])
         assert train == (not torch.equal(ours(*call)[0][0], ours(*call)[0][0]))
+
+
+class TestShortWay:
+    """One layer or step of training goes straight to autograd, with the results of the long way."""
+
+    @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"batch_first": True}, {"bidirectional": True}, {"bias": False}], ids="".join
+    )
+    def test_sequence(self, sequence_kind, options, hx, monkeypatch):
+        module = build(fusedrnn, sequence_kind, I, H, **options)
+        x, states = call_of(module, T, B, requires_grad=True)
+        x = x.transpose(0, 1) if options.get("batch_first") else x
+        self.same_as_the_long_way(module, (x, states) if hx else (x,), monkeypatch)
+
+    @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+    def test_cell(self, bias, hx, monkeypatch):
+        for kind in CELL_KINDS:
+            module = build(fusedrnn, kind, I, H, bias=bias)
+            x, states = call_of(module, B, requires_grad=True)
+            self.same_as_the_long_way(module, (x, states) if hx else (x,), monkeypatch)
+
+    def same_as_the_long_way(self, module, call, monkeypatch):
+        with the_long_way():
+            want = backward(module, *call)
+        monkeypatch.setattr(fusedrnn.functional, "run", None)
+        assert_equal(backward(module, *call), want)
+        monkeypatch.undo()
+
+    @pytest.mark.parametrize(
+        ("module", "x"),
+        [
+            (fusedrnn.LSTM(I, H, 2), torch.randn(T, B, I)),
+            (fusedrnn.LSTM(I, H).half(), torch.randn(T, B, I).half()),
+            (fusedrnn.LSTM(I, H).requires_grad_(False), torch.randn(T, B, I)),
+            (fusedrnn.LSTM(I, H, zoneout=0.1), torch.randn(T, B, I)),
+            (fusedrnn.LSTM(I, H), torch.randn(T, I)),
+            (fusedrnn.LSTMCell(I, H), torch.randn(I)),
+        ],
+        ids=["layers", "float16", "frozen", "zoneout", "unbatched", "unbatched cell"],
+    )
+    def test_other_calls_do_not(self, module, x, monkeypatch):
+        monkeypatch.setattr("fusedrnn.route._TEMPLATES", {})
+        module(x)
 
 
 class TestPacked:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELL_MODULES, MODULES
+from support import CELL_MODULES, MODULES, the_long_way
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
@@ -221,23 +221,27 @@ def test_cell_module(engine, cell_name, fault):
 
 
 # The first of two layers' states are those of one.
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
 @pytest.mark.parametrize("fault", sorted(SEQUENCE_FAULTS.keys() - {"hx_too_few"}))
-def test_one_layer_without_gradients(name, fault):
-    """The short way of such calls refuses what the long way does."""
+def test_one_layer(name, fault, gradients):
+    """The short ways of such calls refuse what the long way does."""
     module, (x, hx) = getattr(fusedrnn, name)(I, H), sequence_call(name)
     given = SEQUENCE_FAULTS[fault].spoil(x, every(hx, lambda h: h[:1]))
-    error = raised_by(lambda: module(*given))
-    with torch.no_grad():
-        again = raised_by(lambda: module(*given))
-    assert (type(again), str(again)) == (type(error), str(error))
+    same_fault_by_the_long_way(module, given, gradients)
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
 @pytest.mark.parametrize("fault", CELL_FAULTS)
-def test_cell_without_gradients(cell_name, fault):
+def test_one_step(cell_name, fault, gradients):
     module, given = getattr(fusedrnn, cell_name)(I, H), CELL_FAULTS[fault].spoil(*cell_call(cell_name))
-    error = raised_by(lambda: module(*given))
-    with torch.no_grad():
-        again = raised_by(lambda: module(*given))
+    same_fault_by_the_long_way(module, given, gradients)
+
+
+def same_fault_by_the_long_way(module, given, gradients):
+    with torch.set_grad_enabled(gradients):
+        error = raised_by(lambda: module(*given))
+        with the_long_way():
+            again = raised_by(lambda: module(*given))
     assert (type(again), str(again)) == (type(error), str(error))
 
 

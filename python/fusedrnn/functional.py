@@ -19,11 +19,11 @@ from . import along as along_time
 from .along import PLAIN, Along, States
 from .cells import CELLS, Cell
 from .dropouts import NO_DROPOUTS, Dropouts
-from .engines import cpu, is_cpu_engine_likely, listener
+from .engines import cpu, is_everyday
 from .engines.base import WEIGHTS_PER_DIRECTION, Call, Outputs
-from .route import run
+from .route import run, run_everyday_training
 from .saving import check_save, recomputes
-from .torch_state import autocast_dtype, unusual_mode
+from .torch_state import autocast_dtype
 
 
 def _autocast_target(
@@ -125,8 +125,9 @@ def network(
 
 # What every call asks, bound once.
 _is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_num_threads = torch.get_num_threads
+
+_NO_PROJECTION = (None,) * WEIGHTS_PER_DIRECTION
 
 
 def express(
@@ -156,16 +157,35 @@ def express(
         (output, h) or (output, (h, c)); of one step (h,) or (h, c). None if the call is anything but usual, perhaps
         wrong, and must go the long way.
     """
-    if (
-        _is_grad_enabled()
-        or cpu.express is None
-        or unusual_mode() is not None
-        or _is_any_autocast_enabled()
-        or listener.get() is not None
-        or not is_cpu_engine_likely()
-    ):
+    if _is_grad_enabled() or not is_everyday():
         return None
+    assert cpu.express is not None
     return cpu.express(cell.name, input, hx, weights, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads())
+
+
+def express_training(
+    cell: Cell,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    bias: bool = True,
+    projected: bool = False,
+    batch_first: bool = False,
+) -> Any:
+    """As :func:`express`, a one-layer call of which gradients are wanted, whose shapes have been looked at.
+
+    Returns:
+        (output, h) or (output, (h, c)); None if the call must go the long way.
+    """
+    if not (_is_grad_enabled() and is_everyday()):
+        return None
+    if batch_first:
+        input = input.transpose(0, 1)
+    result = run_everyday_training(cell, input, *hx, *_in_groups_of_five(weights, bias, projected))
+    if result is None:
+        return None
+    output, *last = result
+    return output.transpose(0, 1) if batch_first else output, last[0] if len(last) == 1 else tuple(last)  # type: ignore[union-attr]
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -377,6 +397,12 @@ def cell_step(
         if quick is not None:
             return quick
     check_states(cell, hx)
+    everyday = resets is None and reset_state is None and not zoneout and _is_grad_enabled() and is_everyday()
+    if everyday and input is not None and all(t is None or (type(t) is Tensor and t.dim() == 2) for t in (input, *hx)):
+        rows = [t if t is None else t.unsqueeze(0) for t in (input, *hx)]
+        new = run_everyday_training(cell, *rows, *weights, *_NO_PROJECTION[len(weights) :], sequence=False)
+        if new is not None:
+            return tuple(state.squeeze(0) for state in new[1:])  # type: ignore[union-attr]
     dims = input.dim()
     for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
         if tensor is not None and tensor.dim() not in (1, 2):

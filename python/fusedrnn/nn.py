@@ -164,7 +164,12 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             options["save"] = self.save
         if self.num_layers == 1 and not options:
             layout = "batch_first" if self.batch_first else "time_major"
-            quick = functional.express(cell, input, states, weights, layout, self.bias, self.proj_size > 0, lengths)
+            projected = self.proj_size > 0
+            quick = functional.express(cell, input, states, weights, layout, self.bias, projected, lengths)
+            if quick is None and lengths is None and _looks_right(self, cell, input, hx, weights):
+                quick = functional.express_training(
+                    cell, input, states, weights, self.bias, projected, self.batch_first
+                )
             if quick is not None:
                 return quick
         if lengths is not None:
@@ -173,7 +178,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             return _forward_packed(self, cell, input, hx, weights, options)
         # While torch compiles, the operator's own checks do: Dynamo could not show what these raise.
         # Nested tensors may have no shape to look at; theirs are checked when they are padded.
-        if not (input.is_nested or _looks_right(self, input, hx, weights) or torch.compiler.is_compiling()):
+        if not (input.is_nested or _looks_right(self, cell, input, hx, weights) or torch.compiler.is_compiling()):
             _check(self, cell, input, hx)
         output, last, every = functional.sequence(
             cell, input, states, weights, batch_first=self.batch_first, **_options(self), **options
@@ -299,10 +304,21 @@ def _states(cell: Cell, hx: Any) -> Sequence[Tensor | None]:
     return (None,) * len(cell.states) if hx is None else hx
 
 
-def _looks_right(module: torch.nn.RNNBase, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
+def _looks_right(module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any, weights: list[Tensor]) -> bool:
     """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
-    shape = input.shape
-    return hx is None and len(shape) == 3 and shape[2] == module.input_size and input.dtype == weights[0].dtype
+    if type(input) is not Tensor or input.dim() != 3 or input.dtype != weights[0].dtype:
+        return False
+    *around, features = input.shape
+    if features != module.input_size:
+        return False
+    if hx is None:
+        return True
+    states = (hx,) if len(cell.states) == 1 else hx
+    rows = module.num_layers * (2 if module.bidirectional else 1), around[0 if module.batch_first else 1]
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    return len(states) == len(cell.states) and all(
+        type(state) is Tensor and state.shape == (*rows, width) for state, width in zip(states, widths, strict=False)
+    )
 
 
 def _check(module: torch.nn.RNNBase, cell: Cell, input: Tensor, hx: Any) -> None:

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
+#: Of the tensors, and None in their places, that mean no more than their memory.
+PLAIN_TYPES = frozenset({Tensor, Parameter, type(None)})
 # As torch._C._AutoDispatchBelowAutograd excludes them.
 _AUTOGRAD_KEYS = tuple(
     getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
@@ -28,6 +29,7 @@ _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def unusual_mode() -> str | None:
@@ -53,8 +55,8 @@ def why_not_plain(tensors: Iterable[Tensor | None]) -> str | None:
     if unusual is not None:
         return unusual
     tensors = tuple(tensors)
-    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
-        subclass = next(type(t) for t in tensors if type(t) not in _PLAIN_TYPES)
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        subclass = next(type(t) for t in tensors if type(t) not in PLAIN_TYPES)
         return f"the tensor subclass {subclass.__name__}"
     return None
 
@@ -87,9 +89,9 @@ def why_operators_do_not_apply(tensors: Iterable[Tensor | None]) -> str | None:
 
 def plain(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The tensors without subclasses that only rename them."""
-    if _PLAIN_TYPES.issuperset(map(type, tensors)):
+    if PLAIN_TYPES.issuperset(map(type, tensors)):
         return tensors
-    return [t if type(t) in _PLAIN_TYPES else t.as_subclass(Tensor) for t in tensors]  # type: ignore[union-attr]
+    return [t if type(t) in PLAIN_TYPES else t.as_subclass(Tensor) for t in tensors]  # type: ignore[union-attr]
 
 
 def in_memory(tensor: Tensor | None) -> Tensor | None:
@@ -183,7 +185,7 @@ def constant_while_compiling(function: Function) -> Function:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast prescribes on the device, None where autocast is off."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
+    if not is_any_autocast_enabled() or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from ..torch_state import is_any_autocast_enabled, unusual_mode
+from . import cpu
 from .base import Call, Engine
 from .cpu import CpuEngine
 from .cuda import CudaEngine
@@ -52,11 +54,6 @@ def engine(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def is_cpu_engine_likely() -> bool:
-    """Whether automatic choice is on, so that the compiled engine gets whatever it supports."""
-    return _forced.get(_default) == AUTO
-
-
 @dataclass
 class Choice:
     """Which engine serves a call, why the ones before it did not, and which way the call came if not directly."""
@@ -94,6 +91,18 @@ def _objection(candidate: Engine, call: Call) -> str | None:
 
 #: While set, every call is reported to it: this is how ``explain`` listens.
 listener: ContextVar[Callable[[Call, Choice], None] | None] = ContextVar("fusedrnn_listener", default=None)
+
+
+def is_everyday() -> bool:
+    """Whether a call that the compiled engine supports may go straight there: the choice is automatic, nobody listens,
+    and torch is in no mode, autocast's among them, that has to see it."""
+    return (
+        unusual_mode() is None  # first, for torch.compile would not understand the rest
+        and cpu.express is not None
+        and _forced.get(_default) == AUTO
+        and listener.get() is None
+        and not is_any_autocast_enabled()
+    )
 
 
 def announce(call: Call, choice: Choice) -> None:

@@ -19,7 +19,8 @@ WEIGHTS_PER_DIRECTION = 5
 #: How many tensors ``Call.along`` gives.
 ALONG = 5
 
-_NOTHING = torch.empty(0)
+#: In the place of an input that is not there.
+NO_TENSOR = torch.empty(0)
 
 
 @dataclass(slots=True)
@@ -117,7 +118,7 @@ class Call:
 
     def without_tensors(self) -> Call:
         """What remains of the call when autograd keeps the tensors; ``with_tensors`` restores it."""
-        return self._but(_NOTHING, (), (), (None,) * len(self.reset_state))
+        return self._but(NO_TENSOR, (), (), (None,) * len(self.reset_state))
 
     def _but(
         self,

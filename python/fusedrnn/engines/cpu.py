@@ -22,6 +22,10 @@ class CpuEngine:
     def available(self) -> str | None:
         return _missing or None
 
+    def runs_directly(self, input: Tensor) -> bool:
+        """Whether kernels read such an input as it is, dtype and memory."""
+        return input.is_cpu and _COMPUTES_IN.get(input.dtype) == input.dtype and input.layout == torch.strided
+
     def supports(self, call: Call) -> str | None:
         if not call.input.is_cpu:
             return f"input is on {call.input.device}"
