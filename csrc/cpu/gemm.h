@@ -62,20 +62,18 @@ struct Product<bf16> {
   }
   template <int columns>
   FUSEDRNN_INLINE void copy_across(const bf16* const* rows, int64_t n, int64_t first, bf16* out) {
-    static_assert(columns == 6 || columns == 8, "a half of a vector of 16 bytes, and a half or a quarter");
+    static_assert(columns == 4 || columns == 8, "half a vector of 16 bytes or all");
     typedef uint16_t Eight __attribute__((vector_size(16)));
-    typedef uint64_t Two __attribute__((vector_size(16)));
     const auto part_of = [first](const bf16* row) __attribute__((always_inline)) {
-      uint64_t low, high = 0;
-      __builtin_memcpy(&low, row + first, sizeof low);
-      __builtin_memcpy(&high, row + first + 4, (columns - 4) * sizeof(bf16));
-      return (Eight)Two{low, high};
+      Eight part{};
+      __builtin_memcpy(&part, row + first, columns * sizeof(bf16));
+      return part;
     };
     const Eight even = part_of(rows[0]), odd = n > 1 ? part_of(rows[1]) : Eight{};
     const Eight low = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
     const Eight high = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
     __builtin_memcpy(out, &low, 16);
-    __builtin_memcpy(out + 8, &high, (columns - 4) * depth * sizeof(bf16));
+    if constexpr (columns == 8) __builtin_memcpy(out + 8, &high, 16);
   }
 
 #if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
@@ -105,12 +103,13 @@ struct Product<bf16> {
 };
 
 // A block of the result that the micro-kernel keeps in registers: MR rows by NV vectors of columns, MR * NV at most
-// `accumulators`, which leaves room for operands (16 registers with AVX2 and SSE2, 32 with AVX-512 and NEON).
+// `accumulators`, which leaves room for operands (16 registers with AVX2 and SSE2, 32 with AVX-512 and NEON), which
+// operands in parts need more of.
 template <class T>
 struct Block {
   static constexpr int width = Simd<SumOf<T>>::width;
-  static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : 12;
-  static constexpr int max_rows = FUSEDRNN_VECTOR_BYTES == 64 ? 8 : 6;
+  static constexpr int accumulators = FUSEDRNN_VECTOR_BYTES == 64 ? 24 : Product<T>::parts > 1 ? 8 : 12;
+  static constexpr int max_rows = FUSEDRNN_VECTOR_BYTES == 64 ? 8 : Product<T>::parts > 1 ? 4 : 6;
   static constexpr int max_vectors = 8;  // of a single row: enough additions on their way to hide their latency
   static constexpr int max_columns = max_vectors * width;
   static constexpr int rows(int vectors) {
