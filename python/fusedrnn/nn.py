@@ -306,7 +306,7 @@ def _states(cell: Cell, hx: Any) -> Sequence[Tensor | None]:
 
 def _looks_right(module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any, weights: list[Tensor]) -> bool:
     """A quick look that never errs in saying yes, and spares the usual call torch.nn's checks (20 us)."""
-    if type(input) is not Tensor or input.dim() != 3 or input.dtype != weights[0].dtype:
+    if type(input) is not Tensor or input.is_nested or input.dim() != 3 or input.dtype != weights[0].dtype:
         return False
     *around, features = input.shape
     if features != module.input_size:
