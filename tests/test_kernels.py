@@ -6,10 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from pairwise import pairwise
-from support import DTYPES, Case, check, has_kernel, kernels
+from support import CELLS, DTYPES, Case, check, has_kernel, instruction_set, kernels
 
 import fusedrnn
+from fusedrnn import _cpu
+from fusedrnn.bench import accuracy
 
 # Stock torch says so of itself, at the first such call.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -140,3 +143,14 @@ def test_the_whole_product(target, cell, dtype, shape):
                 threads=int(rng.integers(1, 4)),
             )
         )
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("cell", CELLS)
+def test_long_sums_are_accurate(cell, isa):
+    """Gradients of weights add up 3,200 tokens: in long chains of additions they are off by 4.5 to 5 machine epsilons,
+    in short ones by 2 to 2.5, torch's by 2.5 to 7.
+    """
+    with instruction_set(isa):
+        errors = accuracy.measure(cell, "100x32x128x128", torch.float32).values
+    assert errors["fusedrnn"] < 3
