@@ -52,6 +52,35 @@ struct Grouping {
         place{0, 1, bias ? 2 : -1, bias ? 3 : -1, projected ? each - 1 : -1} {}
 };
 
+// What a list or a tuple holds, or a dictionary under a list of names; kept alive.
+class Items {
+ public:
+  explicit Items(py::handle sequence) {
+    require(PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr()), "neither a list nor a tuple");
+    PyObject* const* items = PySequence_Fast_ITEMS(sequence.ptr());
+    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(sequence.ptr()); ++k) add(items[k]);
+  }
+  Items(py::handle dictionary, py::handle names) {
+    require(PyDict_Check(dictionary.ptr()), "not a dictionary");
+    for (const py::handle name : Items(names)) add(PyDict_GetItemWithError(dictionary.ptr(), name.ptr()));
+  }
+  size_t size() const { return count_; }
+  py::handle operator[](size_t k) const { return items_[k]; }
+  const py::object* begin() const { return items_; }
+  const py::object* end() const { return items_ + count_; }
+
+ private:
+  static constexpr size_t most = 5 * max_directions;
+  void add(PyObject* item) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    require(item, "a weight is missing");
+    require(count_ < most, "too many weights or states");
+    items_[count_++] = py::reinterpret_borrow<py::object>(item);
+  }
+  py::object items_[most];
+  size_t count_ = 0;
+};
+
 // Of all calls of the process.
 std::atomic<bool> batch_invariant{false};
 
@@ -84,8 +113,8 @@ struct Arguments {
   bool recompute = false;
   TensorView weights[max_directions][5];
 
-  Arguments(const std::string& name, py::handle input_, const Along& along, const py::sequence& hx_,
-            const py::sequence& weights_, const Grouping& grouping = {}, Layout layout = Layout::time_major)
+  Arguments(const std::string& name, py::handle input_, const Along& along, const Items& hx_, const Items& weights_,
+            const Grouping& grouping = {}, Layout layout = Layout::time_major)
       : cell(cell_index(name)), input(view(input_)) {
     const CellFacts& facts = cell_facts[cell];
     const bool packed = !along.batch_sizes.is_none();
@@ -353,7 +382,8 @@ py::list forward(const std::string& cell, py::handle input, py::handle batch_siz
                  py::handle resets, const py::sequence& hx, const py::sequence& reset_state,
                  const py::sequence& weights, py::handle h_mask, const py::sequence& zoneout, py::handle seed,
                  bool recompute, bool sequence, bool every_state, bool save, int threads) {
-  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, hx, weights);
+  const Items of_hx(hx), of_weights(weights);
+  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, of_hx, of_weights);
   a.recompute = recompute;
   const int states = cell_facts[a.cell].states;
   py::list result;
@@ -370,17 +400,16 @@ py::list forward(const std::string& cell, py::handle input, py::handle batch_siz
   return result;
 }
 
-// The usual call without gradients, straight from a module: None where anything is out of the ordinary.
-py::object express(const std::string& cell, py::handle input, py::handle states_given, const py::sequence& weights,
-                   bool bias, bool projected, Layout layout, py::handle lengths, int threads) {
-  // A tensor is a sequence too, of its rows.
-  if (!PyTuple_Check(states_given.ptr()) && !PyList_Check(states_given.ptr())) return py::none();
-  const auto hx = py::reinterpret_borrow<py::sequence>(states_given);
-  bool plain = is_plain(input) && is_plain(lengths);
-  for (const py::handle state : hx) plain = plain && is_plain(state) && state.is_none() == hx[0].is_none();
-  for (const py::handle weight : weights) plain = plain && is_plain(weight);
-  if (!plain) return py::none();
+// The usual call without gradients, straight from a module: None where anything is out of the ordinary. Weights come as
+// they are, or as the names of some of a module's parameters.
+py::object express(const std::string& cell, py::handle input, py::handle states_given, py::handle weights_given,
+                   py::handle names, bool bias, bool projected, Layout layout, py::handle lengths, int threads) {
   try {
+    const Items hx(states_given), weights = names.is_none() ? Items(weights_given) : Items(weights_given, names);
+    bool plain = is_plain(input) && is_plain(lengths);
+    for (const py::handle state : hx) plain = plain && is_plain(state) && state.is_none() == hx[0].is_none();
+    for (const py::handle weight : weights) plain = plain && is_plain(weight);
+    if (!plain) return py::none();
     const Along along{py::none(), lengths, py::none(), py::tuple(), py::none(), py::tuple(), py::none()};
     const Arguments a(cell, input, along, hx, weights, Grouping(bias, projected), layout);
     const bool one_step = layout == Layout::one_step;
@@ -416,7 +445,8 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
                    const py::sequence& weights, py::handle h_mask, const py::sequence& zoneout, py::handle seed,
                    bool recompute, py::handle saved, const py::sequence& grads, const py::sequence& needs,
                    int threads) {
-  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, hx, weights);
+  const Items of_hx(hx), of_weights(weights);
+  Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, of_hx, of_weights);
   a.recompute = recompute;
   require(recompute || !a.zoneout.on(), "backward through zoneout recomputes");
   const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = weights.size();
@@ -562,8 +592,8 @@ PYBIND11_MODULE(_cpu, m) {
       "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
       "ValueError if the call breaks the contract.");
   m.def(
-      "express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("bias"),
-      py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
+      "express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("names"),
+      py::arg("bias"), py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
       "Runs a layer without gradients: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or "
       "(h, c); None if anything about the call is out of the ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),

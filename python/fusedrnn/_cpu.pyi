@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -31,7 +31,8 @@ def express(
     cell: str,
     input: Tensor,
     hx: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None] | Mapping[str, Tensor | None],
+    names: list[str] | None,
     bias: bool,
     projected: bool,
     layout: Layout,

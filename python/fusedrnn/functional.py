@@ -9,7 +9,7 @@ the gates are torch's: 1 for an RNN, 4 (i, f, g, o) for an LSTM, 3 (r, z, n) for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,8 @@ def express(
     cell: Cell,
     input: Tensor,
     hx: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None] | Mapping[str, Tensor | None],
+    names: list[str] | None,
     layout: str,
     bias: bool = True,
     projected: bool = False,
@@ -148,7 +149,9 @@ def express(
         cell: the cell.
         input: (T, B, I), (B, T, I) or (B, I), as ``layout`` says.
         hx: for each state (D, B, width), of one step (B, width), or None.
-        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr.
+        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr; or
+            the parameters of a module, by name.
+        names: of the parameters that are those weights; None for weights in a row.
         layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
         bias, projected: which weights there are.
         lengths: (B,), steps of each row, or None.
@@ -160,7 +163,9 @@ def express(
     if _is_grad_enabled() or not is_everyday():
         return None
     assert cpu.express is not None
-    return cpu.express(cell.name, input, hx, weights, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads())
+    return cpu.express(
+        cell.name, input, hx, weights, names, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads()
+    )
 
 
 def express_training(
@@ -392,7 +397,7 @@ def cell_step(
     """
     if resets is None and reset_state is None and not zoneout:
         quick: tuple[Tensor, ...] | None = express(
-            cell, input, hx, weights, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION
+            cell, input, hx, weights, None, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION
         )
         if quick is not None:
             return quick

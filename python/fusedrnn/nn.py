@@ -145,7 +145,7 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             along = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
             return _leaf(self, input, hx, **along, return_states=return_states)
         cell, own = MODES[self.mode], self.__dict__
-        weights = _current(self, self._flat_weights_names)
+        names = self._flat_weights_names
         learned = learned_state(self) if "learn_initial_state" in own else None
         options: dict[str, Any] = {}
         if resets is not None or reset_state is not None or return_states:
@@ -162,14 +162,17 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             options["dropouts"] = self.dropouts
         if "save" in own and torch.is_grad_enabled():
             options["save"] = self.save
-        if self.num_layers == 1 and not options:
+        one_layer, projected = self.num_layers == 1 and not options, self.proj_size > 0
+        if one_layer:
+            # Weights that are no parameters, but computed from some, go the long way.
             layout = "batch_first" if self.batch_first else "time_major"
-            projected = self.proj_size > 0
-            quick = functional.express(cell, input, states, weights, layout, self.bias, projected, lengths)
-            if quick is None and lengths is None and _looks_right(self, cell, input, hx, weights):
-                quick = functional.express_training(
-                    cell, input, states, weights, self.bias, projected, self.batch_first
-                )
+            parameters: dict[str, Tensor | None] = own["_parameters"]
+            quick = functional.express(cell, input, states, parameters, names, layout, self.bias, projected, lengths)
+            if quick is not None:
+                return quick
+        weights = _current(self, names)
+        if one_layer and lengths is None and _looks_right(self, cell, input, hx, weights):
+            quick = functional.express_training(cell, input, states, weights, self.bias, projected, self.batch_first)
             if quick is not None:
                 return quick
         if lengths is not None:
