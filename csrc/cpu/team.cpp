@@ -42,7 +42,7 @@ void Barrier::wait(int size) {
       sched_yield();
     }
   }
-  if (begin) raise(longest_wait_, nanoseconds() - begin);
+  if (begin) waited_.fetch_add(nanoseconds() - begin, std::memory_order_relaxed);
 }
 
 namespace {
@@ -80,15 +80,18 @@ struct Region {
   void* context;
   const OpenMp* openmp;
   Barrier barrier;
-  std::atomic<int64_t> earliest_end{INT64_MIN}, end{INT64_MIN};  // the first as its opposite
+  std::atomic<int> members{0};                           // perhaps fewer than asked for
+  std::atomic<int64_t> end{INT64_MIN}, sum_of_times{0};  // from `begin` to each member's own end
+  int64_t begin = nanoseconds();
 };
 
 void run_member(void* data) {
   Region& region = *static_cast<Region*>(data);
   region.work(region.context, Team{region.openmp->thread_num(), region.openmp->num_threads(), &region.barrier});
   const int64_t now = nanoseconds();
-  raise(region.earliest_end, -now);
+  ++region.members;
   raise(region.end, now);
+  region.sum_of_times.fetch_add(now - region.begin, std::memory_order_relaxed);
 }
 
 // What undisturbed_threads knows: how many threads are held back, how many the last call that asked was given, and
@@ -98,8 +101,11 @@ std::atomic<int> held_back{0}, given{0};
 std::atomic<int64_t> until{0}, pause{0};
 constexpr int64_t ms = 1000000, shortest_pause = 50 * ms, longest_pause = 1000 * ms;
 
+// `wait`: how long each of the others waited for one of them, in a region of `total`. Others' cores may also be slower
+// than this one's, by less than it pays to do their work too: without the one that is waited for, the region would have
+// taken (total - wait) * threads / (threads - 1).
 void learn(int threads, int64_t wait, int64_t total) {
-  const bool disturbed = wait > ms && wait > total / 5;
+  const bool disturbed = wait > ms && wait > total / threads;
   if (!disturbed && held_back == 0) return;
   const int64_t now = nanoseconds();
   const bool holding_back = held_back > 0 && now < until;
@@ -120,10 +126,11 @@ void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   static const OpenMp openmp;
   Region region{work, context, &openmp, {}};
   if (threads < 2 || !openmp.usable()) return work(context, Team{0, 1, &region.barrier});
-  const int64_t begin = nanoseconds();
   openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
-  const int64_t wait = region.end + region.earliest_end;
-  learn(threads, std::max(wait, region.barrier.longest_wait()), region.end - begin);
+  const int members = region.members;
+  const int64_t total = region.end - region.begin;
+  if (members > 1)
+    learn(members, (members * total - region.sum_of_times + region.barrier.waited()) / (members - 1), total);
 }
 
 int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }

@@ -11,11 +11,11 @@ namespace fusedrnn {
 class Barrier {
  public:
   void wait(int size);
-  // Nanoseconds of the longest time that a thread has yielded.
-  int64_t longest_wait() const { return longest_wait_.load(std::memory_order_relaxed); }
+  // Nanoseconds that threads have yielded, all together.
+  int64_t waited() const { return waited_.load(std::memory_order_relaxed); }
 
  private:
-  std::atomic<int64_t> longest_wait_{0};
+  std::atomic<int64_t> waited_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> generation_{0};
 };
@@ -34,10 +34,11 @@ struct Team {
 // hang), or when no OpenMP runtime is loaded. `work` must not throw.
 void run_team(int threads, void (*work)(void* context, const Team& team), void* context);
 
-// How many of `threads` threads have a core to themselves, as far as the last regions tell: one whose threads waited a
-// millisecond and a fifth of its time for one of them shows that another process keeps a core busy, and that thread
-// has only its turns there. Then there is one thread less for 50 ms, for twice as long each time that all are tried
-// again in vain, up to a second. For work whose results do not depend on the number of threads.
+// How many of `threads` threads have a core to themselves, as far as the last regions tell: one whose threads waited
+// for one of them a millisecond, and longer than it would have taken them to do its work, shows that another process
+// keeps a core busy, and that thread has only its turns there. Then there is one thread less for 50 ms, for twice as
+// long each time that all are tried again in vain, up to a second. For work whose results do not depend on the number
+// of threads.
 int undisturbed_threads(int threads);
 
 // How many it would leave out now.

@@ -115,13 +115,13 @@ int main() {
   omp_set_dynamic(0);
   use_openmp_elsewhere();
   test_fork("before the first team");
+  test_disturbance();  // before teams that are larger than the machine disturb themselves
   for (int threads = 1; threads <= 4; ++threads) {
     const int size = team_size(threads);
     CHECK(size == threads, "a team of %d, not %d", size, threads);
     test_order(threads);
   }
   test_nesting();
-  test_disturbance();
   test_fork("after some teams");
   const int size = team_size(3);
   CHECK(size == 3, "a team of %d after a fork", size);
