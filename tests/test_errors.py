@@ -245,10 +245,11 @@ def same_fault_by_the_long_way(module, given, gradients):
     assert (type(again), str(again)) == (type(error), str(error))
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
 @pytest.mark.parametrize("hx", [torch.zeros(2, 1, B, H), (torch.zeros(1, B, H), None)], ids=["tensor", "half"])
-def test_states_of_an_lstm_without_gradients(hx):
+def test_states_of_an_lstm(hx, gradients):
     module = fusedrnn.LSTM(I, H)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         error = raised_by(lambda: module(values(T, B, I), hx))
     assert type(error) is type(raised_by(lambda: torch.nn.LSTM(I, H)(values(T, B, I), hx)))
 

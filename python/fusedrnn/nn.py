@@ -316,7 +316,10 @@ def _looks_right(module: torch.nn.RNNBase, cell: Cell, input: Any, hx: Any, weig
         return False
     if hx is None:
         return True
-    states = (hx,) if len(cell.states) == 1 else hx
+    several = len(cell.states) > 1
+    if several and not isinstance(hx, tuple | list):
+        return False
+    states = hx if several else (hx,)
     rows = module.num_layers * (2 if module.bidirectional else 1), around[0 if module.batch_first else 1]
     widths = (module.proj_size or module.hidden_size, module.hidden_size)
     return len(states) == len(cell.states) and all(
