@@ -193,7 +193,8 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
 // Chains are short since errors grow with the root of their length. Error of a training step 100,64,256,256 against
 // float64, largest of any tensor, machine epsilons, with 256 products in a chain and with 64: LSTM 8.6, 2.7 (torch's
 // 13.8); GRU 9.0, 2.6 (2.9); RNN 9.3, 2.7 (3.1). Forward takes as long as with 256, backward up to 2% more (5%
-// in hours in which somebody else has a share of the caches); with 32 backward takes 4 to 7% more. Where values are rounded to fewer bits than sums have it makes no difference.
+// in hours in which somebody else has a share of the caches); with 32 backward takes 4 to 7% more. Where values are
+// rounded to fewer bits than sums have it makes no difference.
 template <class T, class F>
 FUSEDRNN_INLINE void for_chains(int64_t K, F&& f) {
   constexpr int64_t most = sizeof(T) < sizeof(SumOf<T>) ? 512 : 64;
