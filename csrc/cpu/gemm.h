@@ -203,7 +203,7 @@ FUSEDRNN_INLINE void for_chains(int64_t K, F&& f) {
   f(k, K - k);
 }
 
-// The same, chain by chain.
+// `tile` for any K, chain by chain.
 template <class T, int MR, int NV>
 static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
                       bool add) {

@@ -26,11 +26,11 @@
 namespace fusedrnn {
 namespace FUSEDRNN_ISA_NAME {
 #include "vec.h"
-// Each builds on those before.
+// Products, on vectors.
 #include "gemm.h"
-// Next.
+// How work is divided, on products.
 #include "plan.h"
-// Last, both passes.
+// Both passes, on all of these.
 #include "backward.h"
 #include "forward.h"
 // Needs vec.h alone.

@@ -395,15 +395,16 @@ def cell_step(
         TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    if resets is None and reset_state is None and not zoneout:
+    bare = resets is None and reset_state is None and not zoneout
+    if bare:
         quick: tuple[Tensor, ...] | None = express(
             cell, input, hx, weights, None, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION
         )
         if quick is not None:
             return quick
     check_states(cell, hx)
-    everyday = resets is None and reset_state is None and not zoneout and _is_grad_enabled() and is_everyday()
-    if everyday and input is not None and all(t is None or (type(t) is Tensor and t.dim() == 2) for t in (input, *hx)):
+    short = bare and _is_grad_enabled() and is_everyday() and input is not None
+    if short and all(t is None or (type(t) is Tensor and t.dim() == 2) for t in (input, *hx)):
         rows = [t if t is None else t.unsqueeze(0) for t in (input, *hx)]
         new = run_everyday_training(cell, *rows, *weights, *_NO_PROJECTION[len(weights) :], sequence=False)
         if new is not None:
