@@ -77,10 +77,10 @@ class BackwardPass {
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
     const int vectors = panel_vectors<T>(plan_, a_.H);
-    w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors};
+    w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors, plan_.shares()};
     if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I, Block<T>::vectors_for(group, a_.I)};
     if (a_.projected) {
-      w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors, plan_.shares()};
       d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
     }
     for (int s = 0; s < states; ++s) carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_));
@@ -105,8 +105,8 @@ class BackwardPass {
   void lay_out_again(Arena& arena, int vectors) {
     const int64_t listed = plan_.threads * plan_.chunk * plan_.rows;
     for (int g = 0; g < G; ++g) {
-      again_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors};
-      again_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors};
+      again_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors, plan_.shares()};
+      again_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors, plan_.shares()};
       bias_x_[g] = arena.take<Sum>(state_width_);
       bias_r_[g] = arena.take<Sum>(state_width_);
     }

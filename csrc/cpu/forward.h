@@ -45,7 +45,7 @@ class ForwardPass {
     Arena size{nullptr};
     lay_out_weights(size);
     const Weights<const T>& w = a_.weights[0];
-    KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, panel_vectors<T>(plan_, a_.H),
+    KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, panel_vectors<T>(plan_, a_.H), plan_.shares(),
                       FUSEDRNN_VECTOR_BYTES, (int)sizeof(T)},
                      size.used);
     Arena weights{kept.data()};
@@ -69,7 +69,7 @@ class ForwardPass {
     const int vectors = panel_vectors<T>(plan_, a_.H);
     const auto panels = [&](int64_t K, int64_t columns, int matrices) {
       T* data = packs_ ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
-      return Panels<T>{data, K, columns, vectors, matrices};
+      return Panels<T>{data, K, columns, vectors, plan_.shares(), matrices};
     };
     w_ih_[0] = panels(a_.I, a_.H, G);
     w_hh_[0] = panels(a_.R, a_.H, G);

@@ -312,12 +312,12 @@ struct Panels {
   int matrices = 1, index = 0;
 
   Panels() = default;
-  // `vectors`: the most of a panel.
-  Panels(T* data, int64_t K, int64_t columns, int vectors, int matrices = 1)
+  // `vectors`: the most of a panel. `shares`: threads that divide the panels among themselves, as evenly as can be.
+  Panels(T* data, int64_t K, int64_t columns, int vectors, int shares = 1, int matrices = 1)
       : data(data), K(K), columns(columns), matrices(matrices) {
     const int64_t all = ceil_div(columns, Block<T>::width);
-    count_ = ceil_div(all, vectors);
-    narrow_ = count_ ? (int)(all / count_) : 0;
+    count_ = smaller(all, round_up(ceil_div(all, vectors), shares));
+    narrow_ = count_ ? all / count_ : 0;
     wider_ = all - count_ * narrow_;
   }
 
@@ -327,13 +327,15 @@ struct Panels {
   T* panel(int64_t p) const {
     return data + (first(p) * matrices + index * vectors_of(p) * Block<T>::width) * padded(K);
   }
-  int64_t first(int64_t p) const { return (p * narrow_ + smaller(p, wider_)) * Block<T>::width; }
+  int64_t first(int64_t p) const { return first_vector(p) * Block<T>::width; }
   int64_t last(int64_t p) const { return smaller(columns, first(p + 1)); }
-  int vectors_of(int64_t p) const { return narrow_ + (p < wider_ ? 1 : 0); }
+  int vectors_of(int64_t p) const { return (int)(first_vector(p + 1) - first_vector(p)); }
 
  private:
-  int64_t count_ = 0, wider_ = 0;  // the first panels have a vector more than the others
-  int narrow_ = 0;
+  // Every so many panels one has a vector more than the others.
+  int64_t first_vector(int64_t p) const { return p * narrow_ + (wider_ ? p * wider_ / count_ : 0); }
+
+  int64_t count_ = 0, narrow_ = 0, wider_ = 0;
 };
 
 // Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k].

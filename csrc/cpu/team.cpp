@@ -100,17 +100,20 @@ void run_member(void* data) {
 std::atomic<int> held_back{0}, given{0};
 std::atomic<int64_t> until{0}, pause{0};
 constexpr int64_t ms = 1000000, shortest_pause = 50 * ms, longest_pause = 1000 * ms;
+// Another process' turn lasts 3 or 4 ms at least. Shorter waits are our own: threads that slept are woken on one core
+// and take 1 to 2.4 ms to part. Between its turns a process may be away for some milliseconds.
+constexpr int64_t shortest_turn = 5 * ms / 2, longest_absence = 20 * ms;
 
 // `wait`: how long each of the others waited for one of them, in a region of `total`. Others' cores may also be slower
 // than this one's, by less than it pays to do their work too: without the one that is waited for, the region would have
 // taken (total - wait) * threads / (threads - 1).
 void learn(int threads, int64_t wait, int64_t total) {
-  const bool disturbed = wait > ms && wait > total / threads;
+  const bool disturbed = wait > (held_back > 0 ? ms : shortest_turn) && wait > total / threads;
   if (!disturbed && held_back == 0) return;
   const int64_t now = nanoseconds();
   const bool holding_back = held_back > 0 && now < until;
   if (!disturbed) {
-    if (!holding_back) held_back = 0;  // all were tried again, and none was in the way
+    if (now > until + longest_absence) held_back = 0;  // all were tried again, and none was in the way
   } else if (!holding_back) {
     pause = held_back > 0 ? std::min(2 * pause.load(), longest_pause) : shortest_pause;
     held_back = std::max(1, held_back.load());
@@ -129,8 +132,9 @@ void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
   const int members = region.members;
   const int64_t total = region.end - region.begin;
-  if (members > 1)
-    learn(members, (members * total - region.sum_of_times + region.barrier.waited()) / (members - 1), total);
+  // One that has lost its turn at a barrier, where all are already, counts as waiting beside those it keeps waiting.
+  const int64_t waited = members * total - region.sum_of_times + region.barrier.waited();
+  if (members > 1) learn(members, std::min(waited / (members - 1), total), total);
 }
 
 int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }
