@@ -75,8 +75,9 @@ def test_cell(case):
     check(case)
 
 
-#: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time; the
-#: second has more weights than each thread adds up the gradients of for itself.
+#: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time. The
+#: second has more weights than each thread adds up the gradients of for itself, than rows outweigh, and, on one thread,
+#: than are not fetched ahead.
 LARGE = [
     (20, 70, 130, 130),
     (24, 21, 300, 400),
@@ -88,7 +89,7 @@ LARGE = [
 ]
 OF_LARGE = {
     "shape": LARGE,
-    "threads": (2, 3, 5),
+    "threads": (1, 2, 3, 5),
     "layout": ("dense", "unsorted"),
     "directions": (1, 2),
     "hx": ON_OFF,

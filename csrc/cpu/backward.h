@@ -15,7 +15,8 @@ class BackwardPass {
         plan_(make_plan<T>(args, G, threads, backward_chunk(args), 3e4)),
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
-        apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private) {}
+        apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),
+        fetches_(outlast_caches<T>(G * args.H * args.R / plan_.shares())) {}
 
   int planned_threads() const { return plan_.threads; }
 
@@ -367,8 +368,11 @@ class BackwardPass {
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t k = o.outputs.first; k < o.outputs.last; ++k) {
       const int64_t p = in_turn(o.outputs, k, i);
+      const int64_t next =
+          k + 1 < o.outputs.last ? in_turn(o.outputs, k + 1, i) : in_turn(o.outputs, o.outputs.first, i - 1);
+      const T* fetched = fetches_ ? w_hh_.panel(next) : nullptr;
       for_groups<T>(first, both, [&](int64_t row, int64_t n) {
-        multiply_slots(d, o, p, i + 1, row, n);
+        multiply_slots(d, o, p, i + 1, row, n, fetched);
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(both, now, [&](int64_t row, int64_t n) {
@@ -376,7 +380,7 @@ class BackwardPass {
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(larger(first, now), after, [&](int64_t row, int64_t n) {
-        multiply_slots(d, o, p, i + 1, row, n);
+        multiply_slots(d, o, p, i + 1, row, n, fetched);
         initial_gradients(d, o, p, row, n);
       });
     }
@@ -400,10 +404,10 @@ class BackwardPass {
   const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
 
   // sums = gradients of the recurrent products at order i, times W_hh. Where a segment starts there nothing is left.
-  void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+  void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n, const T* next) {
     const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
-    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo);
+    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo, false, next);
     if (a_.h_mask)
       for (int64_t k = 0; k < n; ++k) {
         Sum* sums = o.sums + k * ldo;
@@ -648,6 +652,7 @@ class BackwardPass {
   // By rows, the products over tokens may be divided like the steps, each thread's sums being apart until the end, or
   // by units after a meeting of all at the end of each chunk.
   const bool apart_;
+  const bool fetches_;  // a step fetches weights before it needs them
   Panels<T> w_ih_, w_hh_, w_hr_;
   Sum* carry_[states];  // gradients that reach the states from the step after, except through the products
   T *d_slots_, *d_h_;   // rings of a chunk's steps: gradients of the slots, and of a projected h

@@ -32,6 +32,12 @@ static bool weights_outweigh_rows(const Layer<T>& a, int gates, int threads) {
   return bytes >= 1 << 19 && a.seq.B < 32 * threads && a.H >= 4 * Block<T>::width * threads;
 }
 
+// Whether so many values, all read at each step, are in no cache near by when their turn comes again.
+template <class T>
+static bool outlast_caches(int64_t values) {
+  return values * (int64_t)sizeof(T) > 1 << 21;
+}
+
 // With fewer flops than `least_step` a step is not worth its barrier (Zen 5, 2 threads instead of 1: inference of LSTM
 // 1000,1,96,96 took 2.07 ms instead of 1.63, of 1000,1,128,128 2.58 instead of 2.85; training of 1000,2,64,64 2.50
 // instead of 2.74, as backward has much besides the steps).
@@ -117,11 +123,12 @@ static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t
 // A thread's share of every division, and its own scratch.
 template <class T>
 struct Share {
-  Range rows, units, outputs;  // sequences; panels of hidden units; panels of the output h
-  SumOf<T>* sums;              // products of a group of rows with one panel per gate
-  const T** left;              // rows to multiply
-  SumOf<T>** places;           // where their products go
-  T* masked;                   // h as it enters the recurrent products, if they see it through a mask
+  // Sequences; panels of hidden units, and of the same units in W_ih; panels of the output h.
+  Range rows, units, inputs, outputs;
+  SumOf<T>* sums;     // products of a group of rows with one panel per gate
+  const T** left;     // rows to multiply
+  SumOf<T>** places;  // where their products go
+  T* masked;          // h as it enters the recurrent products, if they see it through a mask
 };
 
 // Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.

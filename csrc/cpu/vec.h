@@ -23,7 +23,7 @@ struct Float;
 template <>
 struct Float<float> {
   using Int = uint32_t;
-  static constexpr int mantissa = 23, bias = 127, terms = 7;
+  static constexpr int mantissa = 23, bias = 127, terms = 7;  // an odd number of them
   static constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, left in the low mantissa bits
   static constexpr float lowest = -87.3f, beyond = 88.9f;  // e^x is nearly 0; e^x is infinite
   static constexpr float log2e = 0x1.715476p+0f;
@@ -307,17 +307,19 @@ struct Math : Vectors<T, N> {
  private:
   FUSEDRNN_INLINE Bits sign() { return Bits{} + (Int)((Int)1 << (8 * sizeof(T) - 1)); }
 
-  // With x = n ln 2 + r, |r| <= ln 2 / 2: returns e^r - 1 by its Taylor series (truncated below a tenth of an ulp)
-  // and scale = 2^n (bias - 1: half of it), so that e^x = p * scale + scale.
+  // With x = n ln 2 + r, |r| <= ln 2 / 2: returns e^r - 1 by its Taylor series (truncated below a tenth of an ulp, its
+  // terms in pairs, which need not wait for each other) and scale = 2^n (bias - 1: half of it), so that
+  // e^x = p * scale + scale.
   FUSEDRNN_INLINE V exp_minus_one(V x, Int bias, V& scale) {
     const V shifted = x * F::log2e + F::shift;
     const V n = shifted - F::shift;
     scale = map([=](Raw v) { return (Raw)(((Bits)v << F::mantissa) + (bias << F::mantissa)); }, shifted);
-    const V r = (x - n * F::ln2_high) - n * F::ln2_low;
-    V series = zero() + T(1) / factorial(F::terms);
+    const V r = (x - n * F::ln2_high) - n * F::ln2_low, square = r * r;
+    V series = zero();
 #pragma GCC unroll 16
-    for (int k = F::terms - 1; k >= 2; --k) series = series * r + T(1) / factorial(k);
-    return series * (r * r) + r;
+    for (int k = F::terms - 1; k >= 2; k -= 2)
+      series = series * square + (r * (T(1) / factorial(k + 1)) + T(1) / factorial(k));
+    return series * square + r;
   }
 
   static constexpr T factorial(int n) { return n <= 1 ? T(1) : n * factorial(n - 1); }
