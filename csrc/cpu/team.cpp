@@ -3,9 +3,15 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 
 namespace fusedrnn {
 namespace {
@@ -22,27 +28,61 @@ void raise(std::atomic<int64_t>& highest, int64_t value) {
   }
 }
 
+// Returns when it is woken, or for no reason.
+void sleep_while([[maybe_unused]] const std::atomic<int>& value, [[maybe_unused]] int is) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, is, nullptr, nullptr, 0);
+#else
+  sched_yield();
+#endif
+}
+
+void wake([[maybe_unused]] const std::atomic<int>& value) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
+}
+
+// The core that this thread runs on; -1 if unknown.
+int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 }  // namespace
 
 void Barrier::wait(int size) {
   const int generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+    if (const int core = yields_on_.load(std::memory_order_relaxed); core >= 0) {
+      yields_on_.store(-1, std::memory_order_relaxed);
+      if (core == current_core()) sleeps_next_.store(true, std::memory_order_relaxed);
+    }
     arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
+    generation_.store(generation + 1);
+    if (sleeping_.load() > 0) wake(generation_);
     return;
   }
-  int64_t begin = 0;
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < 2000) {
+  const auto arrived = [&] { return generation_.load(std::memory_order_acquire) != generation; };
+  for (int spins = 0; spins < 2000; ++spins) {
+    if (arrived()) return;
 #if defined(__x86_64__)
-      __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #endif
-    } else {
-      if (!begin) begin = nanoseconds();
-      sched_yield();
-    }
   }
-  if (begin) waited_.fetch_add(nanoseconds() - begin, std::memory_order_relaxed);
+  const int64_t begin = nanoseconds();
+  if (sleeps_next_.exchange(false, std::memory_order_relaxed)) {
+    ++sleeping_;
+    while (generation_.load() == generation) sleep_while(generation_, generation);
+    --sleeping_;
+  } else {
+    yields_on_.store(current_core(), std::memory_order_relaxed);
+    while (!arrived()) sched_yield();
+  }
+  waited_.fetch_add(nanoseconds() - begin, std::memory_order_relaxed);
 }
 
 namespace {
