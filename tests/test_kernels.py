@@ -76,8 +76,8 @@ def test_cell(case):
 
 
 #: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time. The
-#: second has more weights than each thread adds up the gradients of for itself, than rows outweigh, and, on one thread,
-#: than are not fetched ahead.
+#: second has weights so large that threads add up their gradients together and divide units, not rows, and that one
+#: thread alone fetches them ahead.
 LARGE = [
     (20, 70, 130, 130),
     (24, 21, 300, 400),

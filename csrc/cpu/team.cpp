@@ -141,7 +141,8 @@ std::atomic<int> held_back{0}, given{0};
 std::atomic<int64_t> until{0}, pause{0};
 constexpr int64_t ms = 1000000, shortest_pause = 50 * ms, longest_pause = 1000 * ms;
 // Another process' turn lasts 3 or 4 ms at least. Shorter waits are our own: threads that slept are woken on one core
-// and take 1 to 2.4 ms to part. Between its turns a process may be away for some milliseconds.
+// and take 1 to 2.4 ms to part; once a process has shown itself they count too. Between its turns it may be away for
+// some milliseconds.
 constexpr int64_t shortest_turn = 5 * ms / 2, longest_absence = 20 * ms;
 
 // `wait`: how long each of the others waited for one of them, in a region of `total`. Others' cores may also be slower
