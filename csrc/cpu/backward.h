@@ -77,11 +77,10 @@ class BackwardPass {
 
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
-    const int vectors = panel_vectors<T>(plan_, a_.H);
-    w_hh_ = {arena.take<T>(Panels<T>::size(K, a_.R)), K, a_.R, vectors, plan_.shares()};
+    w_hh_ = divided_panels(arena, K, a_.R);
     if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I, Block<T>::vectors_for(group, a_.I)};
     if (a_.projected) {
-      w_hr_ = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors, plan_.shares()};
+      w_hr_ = divided_panels(arena, a_.R, a_.H);
       d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
     }
     for (int s = 0; s < states; ++s) carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_));
@@ -100,14 +99,19 @@ class BackwardPass {
       if (a_.d_reset_state[s] && !d_reset_[s]) d_reset_[s] = arena.take<Sum>(a_.directions * B * a_.state_width(s));
     }
     if (a_.h_mask) masked_ = arena.take<T>(plan_.chunk * B * a_.R);
-    if (again()) lay_out_again(arena, vectors);
+    if (again()) lay_out_again(arena);
   }
 
-  void lay_out_again(Arena& arena, int vectors) {
+  // Panels that the threads divide where they divide units.
+  Panels<T> divided_panels(Arena& arena, int64_t K, int64_t columns) const {
+    return {arena.take<T>(Panels<T>::size(K, columns)), K, columns, panel_vectors<T>(plan_, a_.H), plan_.shares()};
+  }
+
+  void lay_out_again(Arena& arena) {
     const int64_t listed = plan_.threads * plan_.chunk * plan_.rows;
     for (int g = 0; g < G; ++g) {
-      again_ih_[g] = {arena.take<T>(Panels<T>::size(a_.I, a_.H)), a_.I, a_.H, vectors, plan_.shares()};
-      again_hh_[g] = {arena.take<T>(Panels<T>::size(a_.R, a_.H)), a_.R, a_.H, vectors, plan_.shares()};
+      again_ih_[g] = divided_panels(arena, a_.I, a_.H);
+      again_hh_[g] = divided_panels(arena, a_.R, a_.H);
       bias_x_[g] = arena.take<Sum>(state_width_);
       bias_r_[g] = arena.take<Sum>(state_width_);
     }

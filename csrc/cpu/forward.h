@@ -67,18 +67,18 @@ class ForwardPass {
   // Of one direction, used for both in turn; if they are kept, of each.
   void lay_out_weights(Arena& arena) {
     const size_t begin = arena.used;
-    const int vectors = panel_vectors<T>(plan_, a_.H);
+    const int recurrent_vectors = panel_vectors<T>(plan_, a_.H);
     const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices) {
       T* data = packs_ ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
       return Panels<T>{data, K, columns, vectors, plan_.shares(), matrices};
     };
     w_ih_[0] = panels(a_.I, a_.H, input_vectors(), G);
-    w_hh_[0] = panels(a_.R, a_.H, vectors, G);
+    w_hh_[0] = panels(a_.R, a_.H, recurrent_vectors, G);
     for (int g = 1; g < G; ++g) {
       w_ih_[g] = w_ih_[0], w_ih_[g].index = g;
       w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
     }
-    if (a_.projected) w_hr_ = panels(a_.H, a_.R, vectors, 1);
+    if (a_.projected) w_hr_ = panels(a_.H, a_.R, recurrent_vectors, 1);
     if (!keeps_) return;
     const size_t each = arena.used - begin;
     between_directions_ = (int64_t)(each / sizeof(T));
