@@ -16,7 +16,8 @@ class BackwardPass {
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
         apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),
-        fetches_(outlast_caches<T>(G * args.H * args.R / plan_.shares())) {}
+        fetches_(outlast_caches<T>(G * args.H * args.R / plan_.shares())),
+        fetches_values_(outlast_caches<T>(saved_each() * args.directions)) {}
 
   int planned_threads() const { return plan_.threads; }
 
@@ -376,7 +377,9 @@ class BackwardPass {
           k + 1 < o.outputs.last ? in_turn(o.outputs, k + 1, i) : in_turn(o.outputs, o.outputs.first, i - 1);
       const T* fetched = fetches_ ? w_hh_.panel(next) : nullptr;
       for_groups<T>(first, both, [&](int64_t row, int64_t n) {
-        multiply_slots(d, o, p, i + 1, row, n, fetched);
+        Fetches fetches((w_hh_.last(p) - w_hh_.first(p)) * (int64_t)sizeof(T));
+        if (!a_.projected) list_values(fetches, d, w_hh_, p, G * a_.H, i, row, n);
+        multiply_slots(d, o, p, i + 1, row, n, fetched, &fetches);
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(both, now, [&](int64_t row, int64_t n) {
@@ -384,7 +387,7 @@ class BackwardPass {
         output_gradients(d, o, p, i, row, n);
       });
       for_groups<T>(larger(first, now), after, [&](int64_t row, int64_t n) {
-        multiply_slots(d, o, p, i + 1, row, n, fetched);
+        multiply_slots(d, o, p, i + 1, row, n, fetched, nullptr);
         initial_gradients(d, o, p, row, n);
       });
     }
@@ -397,8 +400,11 @@ class BackwardPass {
       if (!plan_.by_rows) team.sync();
       for (int64_t p = o.units.first; p < o.units.last; ++p)
         for_groups<T>(first, now, [&](int64_t row, int64_t n) {
+          Fetches fetches((w_hr_.last(p) - w_hr_.first(p)) * (int64_t)sizeof(T));
+          list_values(fetches, d, w_hr_, p, a_.R, i, row, n);
           for (int64_t k = 0; k < n; ++k) o.left[k] = d_h_at(i, row + k);
-          multiply_panel(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W);
+          multiply_panel<T>(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W, false,
+                         nullptr, &fetches);
           gate_gradients(d, o, w_hr_, p, i, row, n);
         });
     }
@@ -407,11 +413,30 @@ class BackwardPass {
 
   const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
 
+  // What the gates of a panel's units will read, to be fetched during a product over K that comes before.
+  void list_values(Fetches& fetches, int d, const Panels<T>& panels, int64_t p, int64_t K, int64_t i, int64_t row,
+                   int64_t n) {
+    if (!fetches_values_) return;
+    const int64_t first = panels.first(p), t = time(d, i);
+    for (int64_t b = row; b < row + n; ++b) {
+      if (!again())
+        for (int k = 0; k < Cell::kept; ++k)
+          fetches.add(saved_of(d).kept + ((a_.seq.start(t) + b) * Cell::kept + k) * a_.H + first);
+      // The states after the step are those before the next, which has read them already.
+      for (int s = 0; s < states; ++s) fetches.add(before(d, s, i, b) + first);
+      if (a_.d_output.data && !a_.projected) fetches.add(a_.d_output.at(a_.seq, t, b) + d * a_.R + first);
+      for (int s = 1; s < states; ++s)
+        if (a_.d_states[s].data) fetches.add(a_.d_states[s].at(a_.seq, t, b) + d * a_.H + first);
+    }
+    fetches.divide(count_tiles<T>(n, K, panels.vectors_of(p)));
+  }
+
   // sums = gradients of the recurrent products at order i, times W_hh. Where a segment starts there nothing is left.
-  void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n, const T* next) {
+  void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n, const T* next,
+                      Fetches* fetches) {
     const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
-    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo, false, next);
+    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo, false, next, fetches);
     if (a_.h_mask)
       for (int64_t k = 0; k < n; ++k) {
         Sum* sums = o.sums + k * ldo;
@@ -512,11 +537,13 @@ class BackwardPass {
     }
   }
 
+  int saved_gates() const { return a_.recompute ? 0 : Cell::kept; }
+  // Values that forward kept, of each direction.
+  int64_t saved_each() const {
+    return saved_size(saved_gates(), states, a_.seq.tokens(), a_.H, a_.R, a_.projected);
+  }
   Saved<const T> saved_of(int d) const {
-    const int64_t tokens = a_.seq.tokens();
-    const int kept = a_.recompute ? 0 : Cell::kept;
-    const int64_t each = saved_size(kept, states, tokens, a_.H, a_.R, a_.projected);
-    return saved_view(a_.saved + d * each, kept, states, tokens, a_.H);
+    return saved_view(a_.saved + d * saved_each(), saved_gates(), states, a_.seq.tokens(), a_.H);
   }
 
   // Lists what the products over a chunk's tokens multiply; returns how many tokens.
@@ -656,7 +683,8 @@ class BackwardPass {
   // By rows, the products over tokens may be divided like the steps, each thread's sums being apart until the end, or
   // by units after a meeting of all at the end of each chunk.
   const bool apart_;
-  const bool fetches_;  // a step fetches weights before it needs them
+  const bool fetches_;         // a step fetches weights before it needs them
+  const bool fetches_values_;  // and what forward has kept
   Panels<T> w_ih_, w_hh_, w_hr_;
   Sum* carry_[states];  // gradients that reach the states from the step after, except through the products
   T *d_slots_, *d_h_;   // rings of a chunk's steps: gradients of the slots, and of a projected h

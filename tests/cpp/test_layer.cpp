@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "check.h"
@@ -87,12 +88,12 @@ constexpr int64_t guard = 64;
 template <class T>
 const T not_a_number = std::numeric_limits<SumOf<T>>::quiet_NaN();
 
-// A block on the heap that starts as NaN. It may start one value late, for an address that is no vector's.
+// A block on the heap that starts as NaN, at an address that is every vector's, or one value later.
 template <class T>
 class Buffer {
  public:
   Buffer(int64_t size, bool shifted)
-      : size_(size), shift_(shifted ? 1 : 0), block_(new T[static_cast<size_t>(shift_ + size_ + guard)]) {
+      : size_(size), shift_(shifted ? 1 : 0), block_(new (line) T[static_cast<size_t>(shift_ + size_ + guard)]) {
     std::fill_n(block_.get(), shift_ + size_ + guard, not_a_number<T>);
   }
   Buffer(const Values& values, bool shifted) : Buffer(static_cast<int64_t>(values.size()), shifted) {
@@ -110,8 +111,13 @@ class Buffer {
   int64_t size() const { return size_; }
 
  private:
+  static constexpr std::align_val_t line{64};
+  struct Delete {
+    void operator()(T* block) const { ::operator delete[](block, line); }
+  };
+
   int64_t size_, shift_;
-  std::unique_ptr<T[]> block_;
+  std::unique_ptr<T[], Delete> block_;
 };
 
 // One row of features per token.
@@ -431,6 +437,17 @@ class Cases {
   void large_batch() { test(draw(3, 600, 8, 9)); }
   void many_steps() { test(draw(45, 30, 17, 3)); }
 
+  // So much to keep for backward that it is written past the caches, of any type of values.
+  void much_kept() {
+    constexpr int64_t B = 30, H = 64, past_caches = 1 << 21;
+    Case c = draw(1, B, 8, H);
+    if (projected_) c.shape.R = 32;
+    c.shape.T = 1 + past_caches / (2 * B * H * (c.shape.gates() > 1 ? 5 : 1));
+    c.shifted = c.recompute = false;
+    set_lengths(c);
+    test(c);
+  }
+
   // A product of one row with more weights than are worth packing.
   void one_row() {
     Case c = draw(9, 1, 3, projected_ ? 9 : 1030);
@@ -516,6 +533,7 @@ int main(int count, char** arguments) {
   for (int k = 0; k < 16; ++k) cases.large();
   for (int k = 0; k < 2; ++k) cases.large_batch(), cases.many_steps();
   cases.one_row();
+  for (int k = 0; k < 2; ++k) cases.much_kept();
   const auto print = [](auto zero) {
     using T = decltype(zero);
     std::printf("largest error: %s %.1f eps in %s\n", type_name<T>, Worst<T>::error, Worst<T>::where.c_str());

@@ -269,7 +269,8 @@ class Driver:
         outcome = Outcome()
         handles = {label: self.handle(entry.contestant, threads) for label, entry in entries.items()}
         self._each(handles, outcome, lambda label: ("load", label, entries[label].task))
-        results = self._each(handles, outcome, lambda label: ("results", label))
+        # One by one: a contestant that finds a core busy may remember it for a second, and be timed so.
+        results = self._each(handles, outcome, lambda label: ("results", label), at_once=False)
         agreeing = self._agreeing(results, tolerance, reference, outcome)
         self._take_turns({label: handles[label] for label in agreeing}, budget, outcome)
         for handle in set(handles.values()):
@@ -280,13 +281,17 @@ class Driver:
 
     @staticmethod
     def _each(
-        handles: Mapping[str, Handle], outcome: Outcome, question: Callable[[str], tuple[Any, ...]]
+        handles: Mapping[str, Handle],
+        outcome: Outcome,
+        question: Callable[[str], tuple[Any, ...]],
+        at_once: bool = True,
     ) -> dict[str, Any]:
-        """Ask all that have not failed yet, different processes at once, one process's labels one after another."""
+        """Ask all that have not failed yet: different processes at once, if they may, one process's labels one after
+        another."""
         answers: dict[str, Any] = {}
         waiting = [label for label in handles if label not in outcome.errors]
         while waiting:
-            batch = list({handles[label]: label for label in reversed(waiting)}.values())
+            batch = list({handles[label]: label for label in reversed(waiting)}.values()) if at_once else waiting[:1]
             for label in batch:
                 handles[label].begin(*question(label))
             for label in batch:
