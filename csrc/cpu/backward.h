@@ -403,8 +403,8 @@ class BackwardPass {
           Fetches fetches((w_hr_.last(p) - w_hr_.first(p)) * (int64_t)sizeof(T));
           list_values(fetches, d, w_hr_, p, a_.R, i, row, n);
           for (int64_t k = 0; k < n; ++k) o.left[k] = d_h_at(i, row + k);
-          multiply_panel<T>(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W, false,
-                         nullptr, &fetches);
+          multiply_panel<T>(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W,
+                            false, nullptr, &fetches);
           gate_gradients(d, o, w_hr_, p, i, row, n);
         });
     }
@@ -539,9 +539,7 @@ class BackwardPass {
 
   int saved_gates() const { return a_.recompute ? 0 : Cell::kept; }
   // Values that forward kept, of each direction.
-  int64_t saved_each() const {
-    return saved_size(saved_gates(), states, a_.seq.tokens(), a_.H, a_.R, a_.projected);
-  }
+  int64_t saved_each() const { return saved_size(saved_gates(), states, a_.seq.tokens(), a_.H, a_.R, a_.projected); }
   Saved<const T> saved_of(int d) const {
     return saved_view(a_.saved + d * saved_each(), saved_gates(), states, a_.seq.tokens(), a_.H);
   }
@@ -618,10 +616,10 @@ class BackwardPass {
           const T* left = o.blocks + slot[g] * each + (u - mine.first) * padded(n);
           Sum* place = to + (g * height + u) * columns + c;
           if (width == nv * W) {
-            with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, place, columns, add});
+            multiply_block<T>(m, nv, n, left, o.panel, place, columns, add);
             continue;
           }
-          with_block<T>(m, nv, TransposedTile<T>{n, left, o.panel, o.sums, nv * W, false});
+          multiply_block<T>(m, nv, n, left, o.panel, o.sums, nv * W, false);
           for (int k = 0; k < m; ++k)
             for (int64_t j = 0; j < width; ++j)
               place[k * columns + j] = o.sums[k * nv * W + j] + (add ? place[k * columns + j] : Sum(0));

@@ -169,9 +169,7 @@ class ForwardPass {
   int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
 
   // Of all that is kept for backward.
-  int64_t saved_bytes() const {
-    return a_.saved ? a_.directions * saved_each() * (int64_t)sizeof(T) : 0;
-  }
+  int64_t saved_bytes() const { return a_.saved ? a_.directions * saved_each() * (int64_t)sizeof(T) : 0; }
 
   // Whether what is kept for backward goes past the caches, which it would only pass through: each line would be read
   // before it is written. (Zen 4, LSTM forward of training 100,64,256,256 69.7 -> 68.2 ms, 100,32,128,128 9.5 -> 8.8,
@@ -261,9 +259,7 @@ class ForwardPass {
 
   int saved_gates() const { return a_.recompute ? 0 : Cell::kept; }
   // Values that are kept for backward, of each direction.
-  int64_t saved_each() const {
-    return saved_size(saved_gates(), states, a_.seq.tokens(), a_.H, a_.R, a_.projected);
-  }
+  int64_t saved_each() const { return saved_size(saved_gates(), states, a_.seq.tokens(), a_.H, a_.R, a_.projected); }
   Saved<T> saved(int d) const {
     return saved_view(a_.saved + d * saved_each(), saved_gates(), states, a_.seq.tokens(), a_.H);
   }

@@ -120,6 +120,8 @@ struct Block {
   static constexpr int rows(int vectors) {
     return accumulators / vectors < max_rows ? accumulators / vectors : max_rows;
   }
+  // The same as a table.
+  static constexpr int most_rows[] = {0, rows(1), rows(2), rows(3), rows(4), rows(5), rows(6), rows(7), rows(8)};
   static constexpr int usual_vectors = accumulators / max_rows;
   // Vectors of a panel of a matrix of some columns, of which each use multiplies some rows: the fewer the rows, the
   // more columns share each of their values. Columns that are a vector too many for one panel go into one of fewer
@@ -157,8 +159,8 @@ struct Transposed {
 // out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). Each element is one chain of
 // additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it. If `fetch`,
 // as much from `next` on is fetched into the second-level cache.
-template <class T, int MR, int NV, bool fetch = false, class Left>
-FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, int64_t ldo, bool add,
+template <class T, int MR, int NV, bool add, bool fetch = false, class Left>
+FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, int64_t ldo,
                           [[maybe_unused]] const T* next = nullptr) {
   using P = Product<T>;
   using S = typename P::S;
@@ -245,71 +247,76 @@ class Fetches {
   const char* places_[most];
 };
 
-// `tile` for any K, chain by chain.
-template <class T, int MR, int NV, bool fetch>
-static void rows_tile(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
-                      bool add, const T* next, Fetches* fetches) {
+// A tile's chain of additions: of steps [first_k, first_k + K) of some rows, or of the K steps of a block.
+template <class T, int MR, int NV, bool add, bool fetch>
+static void rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
+                       const T* next) {
   Rows<T, MR> left;
+#pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) left.row[r] = rows[r] + first_k;
+  tile<T, MR, NV, add, fetch>(K, left, panel, out, ldo, next);
+}
+
+template <class T, int MR, int NV, bool add>
+static void block_chain(int64_t K, const T* block, const T* panel, SumOf<T>* out, int64_t ldo) {
+  tile<T, MR, NV, add>(K, Transposed<T>{block}, panel, out, ldo);
+}
+
+// These functions by the size of the tile. A chain of 64 additions is so short that the way to it counts: products are
+// 1 to 3% faster (Zen 4) through a table, operands in registers, than through comparisons of both numbers and a struct.
+template <class T>
+class Tiles {
+ public:
+  using OfRows = void (*)(int64_t, const T* const*, int64_t, const T*, SumOf<T>*, int64_t, const T*);
+  using OfBlock = void (*)(int64_t, const T*, const T*, SumOf<T>*, int64_t);
+  struct Size {
+    OfRows rows[2], rows_and_fetch[2];  // by whether they add to what is there
+    OfBlock block[2];
+  };
+
+  constexpr Tiles() { fill<1, 1>(); }
+  const Size& of(int rows, int vectors) const { return sizes_[vectors][rows]; }
+
+ private:
+  template <int MR, int NV>
+  constexpr void fill() {
+    constexpr bool fetch = MR > 3;  // fewer rows are through a panel too fast
+    sizes_[NV][MR] = {{rows_chain<T, MR, NV, false, false>, rows_chain<T, MR, NV, true, false>},
+                      {rows_chain<T, MR, NV, false, fetch>, rows_chain<T, MR, NV, true, fetch>},
+                      {block_chain<T, MR, NV, false>, block_chain<T, MR, NV, true>}};
+    if constexpr (MR < Block<T>::rows(NV))
+      fill<MR + 1, NV>();
+    else if constexpr (NV < Block<T>::max_vectors)
+      fill<1, NV + 1>();
+  }
+
+  Size sizes_[Block<T>::max_vectors + 1][Block<T>::max_rows + 1] = {};
+};
+template <class T>
+constexpr Tiles<T> tiles{};
+
+// out(mr x nv vectors) = or += steps [first_k, first_k + K) of mr rows * panel. Before each chain something is fetched.
+template <class T>
+FUSEDRNN_INLINE void multiply_rows(int mr, int nv, int64_t K, const T* const* rows, int64_t first_k, const T* panel,
+                                   SumOf<T>* out, int64_t ldo, bool add, const T* next, Fetches* fetches) {
+  const auto& size = tiles<T>.of(mr, nv);
+  const auto* chain = next ? size.rows_and_fetch : size.rows;
   for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     if (fetches) fetches->next();
-    const int64_t done = k * NV * Block<T>::width;
-    tile<T, MR, NV, fetch>(n, left, panel + done, out, ldo, add || k > 0, fetch ? next + done : nullptr);
-    for (int r = 0; r < MR; ++r) left.row[r] += n;
+    const int64_t done = k * nv * Block<T>::width;
+    chain[add || k > 0](n, rows, first_k + k, panel + done, out, ldo, next ? next + done : nullptr);
   });
 }
 
-template <class T, int MR, int NV>
-static void transposed_tile(int64_t K, const T* block, const T* panel, SumOf<T>* out, int64_t ldo, bool add) {
+// out(mr x nv vectors) = or += block(mr x K) * panel.
+template <class T>
+FUSEDRNN_INLINE void multiply_block(int mr, int nv, int64_t K, const T* block, const T* panel, SumOf<T>* out,
+                                    int64_t ldo, bool add) {
+  const auto* chain = tiles<T>.of(mr, nv).block;
   for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    const Transposed<T> left{block + k * Block<T>::max_rows};
-    tile<T, MR, NV>(n, left, panel + k * NV * Block<T>::width, out, ldo, add || k > 0);
+    chain[add || k > 0](n, block + k * Block<T>::max_rows, panel + k * nv * Block<T>::width, out, ldo);
   });
 }
-
-// Calls f.template call<MR, NV>() for run-time MR and NV.
-template <class T, int NV = 1, int MR = 1, class F>
-FUSEDRNN_INLINE void with_block(int mr, int nv, F&& f) {
-  if constexpr (NV < Block<T>::max_vectors) {
-    if (nv > NV) return with_block<T, NV + 1, MR>(mr, nv, f);
-  }
-  if constexpr (MR < Block<T>::rows(NV)) {
-    if (mr > MR) return with_block<T, NV, MR + 1>(mr, nv, f);
-  }
-  f.template call<MR, NV>();
-}
-
-template <class T>
-struct RowsTile {
-  int64_t K;
-  const T* const* rows;
-  int64_t first_k;
-  const T* panel;
-  SumOf<T>* out;
-  int64_t ldo;
-  bool add;
-  const T* next;  // may be null
-  Fetches* fetches;  // may be null
-  template <int MR, int NV>
-  void call() const {
-    if constexpr (MR > 3)  // fewer rows are through a panel too fast
-      if (next) return rows_tile<T, MR, NV, true>(K, rows, first_k, panel, out, ldo, add, next, fetches);
-    rows_tile<T, MR, NV, false>(K, rows, first_k, panel, out, ldo, add, nullptr, fetches);
-  }
-};
-
-template <class T>
-struct TransposedTile {
-  int64_t K;
-  const T *block, *panel;
-  SumOf<T>* out;
-  int64_t ldo;
-  bool add;
-  template <int MR, int NV>
-  void call() const {
-    transposed_tile<T, MR, NV>(K, block, panel, out, ldo, add);
-  }
-};
 
 // K is cut so that a stretch of a panel of the usual width comes from the caches next to the processor while the rows
 // pass by: 16 KB of a first-level cache of 32 KB; where vectors have 64 bytes 64 KB, though that cache has 48 KB, for
@@ -317,6 +324,20 @@ struct TransposedTile {
 template <class T>
 constexpr int64_t k_stretch =
     Product<T>::depth * (FUSEDRNN_VECTOR_BYTES == 64 ? 256 : 16384 / (2 * FUSEDRNN_VECTOR_BYTES));
+
+// Calls f(first, count) for blocks of n rows, of even size. Without a division where it can be: a single block's takes
+// as long as two steps of its loop.
+template <class T, class F>
+FUSEDRNN_INLINE void for_blocks(int64_t n, int nv, F&& f) {
+  const int most = Block<T>::most_rows[nv];
+  if (n <= most) return f(0, (int)n);
+  const int all = (int)n, blocks = (all + most - 1) / most, size = all / blocks;
+  for (int b = 0, first = 0, more = all - blocks * size; b < blocks; ++b) {
+    const int count = size + (b < more);
+    f(first, count);
+    first += count;
+  }
+}
 
 // out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 //
@@ -329,28 +350,24 @@ template <class T>
 static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, SumOf<T>* out,
                            int64_t ldo, bool add = false, const T* next = nullptr, Fetches* fetches = nullptr) {
   constexpr int depth = Product<T>::depth;
-  const int64_t blocks = ceil_div(n, Block<T>::rows(nv)), whole = K / depth * depth;
+  const int64_t whole = K / depth * depth;
   for (int64_t k = 0; k < whole || k == 0; k += k_stretch<T>) {
     const T* stretch = panel + k * nv * Block<T>::width;
     const T* after = next && k + k_stretch<T> < whole ? stretch + k_stretch<T> * nv * Block<T>::width : next;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
-      with_block<T>((int)(last - first), nv,
-                    RowsTile<T>{smaller(k_stretch<T>, whole - k), rows + first, k, stretch, out + first * ldo, ldo,
-                                add || k > 0, b + 1 == blocks ? after : nullptr, fetches});
-    }
+    for_blocks<T>(n, nv, [&](int64_t first, int count) __attribute__((always_inline)) {
+      multiply_rows<T>(count, nv, smaller(k_stretch<T>, whole - k), rows + first, k, stretch, out + first * ldo, ldo,
+                       add || k > 0, first + count == n ? after : nullptr, fetches);
+    });
   }
   if constexpr (depth > 1) {
     // Values that fill no group: rows end behind them, so they are copied.
     if (whole == K) return;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = n * b / blocks, last = n * (b + 1) / blocks;
+    for_blocks<T>(n, nv, [&](int64_t first, int count) {
       T rest[Block<T>::max_rows * depth];
-      for (int64_t r = first; r < last; ++r)
-        for (int i = 0; i < depth; ++i) rest[(r - first) * depth + i] = whole + i < K ? rows[r][whole + i] : T(0);
-      with_block<T>((int)(last - first), nv,
-                    TransposedTile<T>{1, rest, panel + whole * nv * Block<T>::width, out + first * ldo, ldo, true});
-    }
+      for (int r = 0; r < count; ++r)
+        for (int i = 0; i < depth; ++i) rest[r * depth + i] = whole + i < K ? rows[first + r][whole + i] : T(0);
+      multiply_block<T>(count, nv, 1, rest, panel + whole * nv * Block<T>::width, out + first * ldo, ldo, true);
+    });
   }
 }
 
