@@ -41,13 +41,11 @@ static bool outlast_caches(int64_t values) {
   return values * (int64_t)sizeof(T) > in_no_cache_near_by;
 }
 
-// With fewer flops than `least_step` a step is not worth its barrier (Zen 5, 2 threads instead of 1: inference of LSTM
-// 1000,1,96,96 took 2.07 ms instead of 1.63, of 1000,1,128,128 2.58 instead of 2.85; training of 1000,2,64,64 2.50
-// instead of 2.74, as backward has much besides the steps).
+// With fewer flops than `least_step` a step is not worth its barrier.
 template <class T>
 static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step) {
   // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
-  const double step_work = 2.0 * (double)a.seq.B * (double)a.R * (double)(gates * a.H);
+  const double step_work = 2.0 * (double)a.seq.B * (double)(a.I + a.R) * (double)(gates * a.H);
   const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
   Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
   if (work < 2e6) plan.threads = 1;
@@ -66,7 +64,7 @@ static int panel_vectors(const Plan& plan, int64_t H) {
   const int64_t few = 6, rows = plan.ragged ? smaller(plan.rows, few) : plan.rows;
   int vectors = Block<T>::vectors_for(larger(1, rows), H);
   if (!plan.by_rows && plan.threads > 1)
-    while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < 2 * plan.threads) --vectors;
+    while (vectors > 1 && ceil_div(H, vectors * Block<T>::width) < plan.threads) --vectors;
   return vectors;
 }
 

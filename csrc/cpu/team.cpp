@@ -55,18 +55,20 @@ int current_core() {
 }  // namespace
 
 void Barrier::wait(int size) {
-  const int generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+  const int64_t before = arrivals_.fetch_add(1), all = (before / size + 1) * size;
+  if (before + 1 == all) {
     if (const int core = yields_on_.load(std::memory_order_relaxed); core >= 0) {
       yields_on_.store(-1, std::memory_order_relaxed);
       if (core == current_core()) sleeps_next_.store(true, std::memory_order_relaxed);
     }
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1);
-    if (sleeping_.load() > 0) wake(generation_);
+    // Who goes to sleep says so and then looks for the last arrival: one of the two sees the other.
+    if (sleeping_.load() > 0) {
+      ++wakings_;
+      wake(wakings_);
+    }
     return;
   }
-  const auto arrived = [&] { return generation_.load(std::memory_order_acquire) != generation; };
+  const auto arrived = [&] { return arrivals_.load() >= all; };
   for (int spins = 0; spins < 2000; ++spins) {
     if (arrived()) return;
 #if defined(__x86_64__)
@@ -76,7 +78,7 @@ void Barrier::wait(int size) {
   const int64_t begin = nanoseconds();
   if (sleeps_next_.exchange(false, std::memory_order_relaxed)) {
     ++sleeping_;
-    while (generation_.load() == generation) sleep_while(generation_, generation);
+    for (int wakings = wakings_; !arrived(); wakings = wakings_) sleep_while(wakings_, wakings);
     --sleeping_;
   } else {
     yields_on_.store(current_core(), std::memory_order_relaxed);
@@ -176,6 +178,27 @@ void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   // One that has lost its turn at a barrier, where all are already, counts as waiting beside those it keeps waiting.
   const int64_t waited = members * total - region.sum_of_times + region.barrier.waited();
   if (members > 1) learn(members, std::min(waited / (members - 1), total), total);
+}
+
+namespace {
+constexpr double lowest_cost = 75;
+std::atomic<double> latest_cost{lowest_cost};
+std::atomic<int64_t> measured_at{INT64_MIN / 2};
+}  // namespace
+
+bool meeting_cost_is_old() { return nanoseconds() > measured_at + 20 * ms; }
+
+double meeting_cost() { return meeting_cost_is_old() ? lowest_cost : latest_cost.load(); }
+
+void measure_meetings(const Team& team) {
+  constexpr int meetings = 8;
+  team.sync();
+  const int64_t begin = nanoseconds();
+  for (int k = 0; k < meetings; ++k) team.sync();
+  if (team.rank != 0) return;
+  const int64_t now = nanoseconds();
+  latest_cost = static_cast<double>(now - begin) / meetings;
+  measured_at = now;
 }
 
 int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }

@@ -24,8 +24,10 @@ class Barrier {
   std::atomic<int64_t> waited_{0};
   std::atomic<int> sleeping_{0}, yields_on_{-1};  // how many threads; a core, or -1
   std::atomic<bool> sleeps_next_{false};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> generation_{0};
+  std::atomic<int> wakings_{0};
+  // Of all meetings: who waits looks at what the last one changes anyway. With a second number that the last one then
+  // changes, news pass between cores once more (Zen 4, two cores: 75 and 55 ns, or 300 and 210, see meeting_cost).
+  alignas(64) std::atomic<int64_t> arrivals_{0};
 };
 
 // One thread's place in the team that runs a region.
@@ -51,5 +53,14 @@ int undisturbed_threads(int threads);
 
 // How many it would leave out now.
 int threads_left_out();
+
+// What it costs now that all threads of a team meet at its barrier, in nanoseconds. On a guest, whose cores the host
+// moves about, that is 75 for seconds and then 300 (Zen 4, two cores).
+double meeting_cost();
+
+// Whether that was found out so long ago that it should be measured again, by a team of which all call measure_meetings
+// at the same time. Until then the cost is taken to be the lowest.
+bool meeting_cost_is_old();
+void measure_meetings(const Team& team);
 
 }  // namespace fusedrnn
