@@ -12,7 +12,7 @@ class BackwardPass {
  public:
   BackwardPass(const Backward<T>& args, int threads)
       : a_(args),
-        plan_(make_plan<T>(args, G, threads, backward_chunk(args), least_step)),
+        plan_(make_plan<T>(args, G, threads, backward_chunk(args), least_step, true)),
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
         apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),

@@ -13,10 +13,11 @@ class ForwardPass {
  public:
   // Whether a step computes the products of its inputs itself. That spares writing and reading them, but reads W_ih at
   // every step (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9
-  // against 27.2). It decides how they are rounded, so it must not depend on how many threads there are in the end.
+  // against 27.2). It decides how they are rounded, so it must not depend on how the work is divided in the end.
   static bool input_products_within(const Forward<T>& a, int threads) {
-    const int64_t rows = plan(a, threads).rows, bytes = G * a.H * a.I * (int64_t)sizeof(T);
-    return !a.batch_invariant && rows >= 4 && bytes <= rows << 17 && bytes <= int64_t{1} << 23;
+    const int64_t rows = rows_enough(a.seq.B, threads) ? ceil_div(a.seq.B, threads) : a.seq.B;
+    const int64_t bytes = G * a.H * a.I * (int64_t)sizeof(T);
+    return !a.batch_invariant && rows >= 4 && bytes <= rows << 18 && bytes <= int64_t{1} << 23;
   }
 
   ForwardPass(const Forward<T>& args, int threads, bool within)
@@ -61,13 +62,18 @@ class ForwardPass {
   }
 
  private:
+  // Nanoseconds of a meeting. Zen 4, 2 threads, LSTM inference, by units and by rows, ms, while meetings cost 55; 200
+  // ns: 128,8,256,256 5.3, 5.2; 5.9, 5.2. 100,16,16,256 4.70, 4.71; 5.86, 4.71.
+  static constexpr double near = 130;
+
   // Steps are divided where that saves more than it costs: a barrier, h that comes from another core, and tiles that
   // are smaller. Few rows make 64 flops a nanosecond. Zen 4, 1 and 2 threads, while meetings cost 75 ns, ms: LSTM
   // 100,1,64,64 0.102, 0.100; 100,1,96,96 0.233, 0.195; GRU 100,1,128,128 0.296, 0.183; RNN 100,1,128,128 0.100, 0.077;
   // while they cost 300, on two threads: 0.152, 0.29, 0.283, 0.144.
   static Plan plan(const Forward<T>& a, int threads) {
     const double saved = threads > 1 ? 1 - 1.0 / threads : 1;
-    return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * meeting_cost()) / saved);
+    const double cost = meeting_cost();
+    return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * cost) / saved, cost < near);
   }
 
   int work_in_team() {

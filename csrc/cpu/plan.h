@@ -21,6 +21,9 @@ struct Plan {
   int shares() const { return by_rows ? 1 : threads; }
 };
 
+// Whether each thread may have some sequences to itself.
+static inline bool rows_enough(int64_t B, int threads) { return B >= 4 * threads; }
+
 // Whether to divide by units though there are rows enough. By rows a step reads all recurrent weights once for a
 // thread's few rows; those that its second-level cache (1 MB here) cannot hold come from the third, for all threads at
 // once. Zen 5, 2 threads, LSTM, by rows and by units, ms (forward; backward): 100,32,512,512 36.0; 76.0 and 34.4; 72.7.
@@ -41,15 +44,17 @@ static bool outlast_caches(int64_t values) {
   return values * (int64_t)sizeof(T) > in_no_cache_near_by;
 }
 
-// With fewer flops than `least_step` a step is not worth its barrier.
+// With fewer flops than `least_step` a step is not worth its barrier. `near`: nor is it a while to the cores of the
+// other threads, from which by units h must come at every step.
 template <class T>
-static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step) {
+static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step, bool near) {
   // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
   const double step_work = 2.0 * (double)a.seq.B * (double)(a.I + a.R) * (double)(gates * a.H);
   const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
   Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
   if (work < 2e6) plan.threads = 1;
-  plan.by_rows = plan.threads > 1 && a.seq.B >= 4 * plan.threads && !weights_outweigh_rows(a, gates, plan.threads);
+  plan.by_rows = plan.threads > 1 && rows_enough(a.seq.B, plan.threads) &&
+                 !(near && weights_outweigh_rows(a, gates, plan.threads));
   if (!plan.by_rows && step_work < least_step) plan.threads = 1;
   if (plan.by_rows && !a.seq.sizes) plan.rows = ceil_div(a.seq.B, plan.threads);
   plan.chunk = larger(2, smaller(a.seq.T, chunk_tokens / larger(1, plan.rows)));
