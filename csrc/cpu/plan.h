@@ -35,9 +35,6 @@ static bool weights_outweigh_rows(const Layer<T>& a, int gates, int threads) {
   return bytes >= 1 << 19 && a.seq.B < 32 * threads && a.H >= 4 * Block<T>::width * threads;
 }
 
-// More bytes than the second-level cache can hold until their turn comes again.
-constexpr int64_t in_no_cache_near_by = 1 << 21;
-
 // Whether so many values, all read at each step, are in no cache near by when their turn comes again.
 template <class T>
 static bool outlast_caches(int64_t values) {

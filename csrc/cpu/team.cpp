@@ -186,7 +186,11 @@ std::atomic<double> latest_cost{lowest_cost};
 std::atomic<int64_t> measured_at{INT64_MIN / 2};
 }  // namespace
 
-bool meeting_cost_is_old() { return nanoseconds() > measured_at + 20 * ms; }
+bool meeting_cost_is_old() {
+  // To find out that cores are still far apart costs a call that is divided in vain, and its weights packed for that.
+  const int64_t age = latest_cost > 2 * lowest_cost ? 200 * ms : 20 * ms;
+  return nanoseconds() > measured_at + age;
+}
 
 double meeting_cost() { return meeting_cost_is_old() ? lowest_cost : latest_cost.load(); }
 

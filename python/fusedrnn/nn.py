@@ -342,8 +342,10 @@ def _check(module: torch.nn.RNNBase, cell: Cell, input: Tensor, hx: Any) -> None
     dims = [hx[0].dim(), hx[1].dim()] if several else [hx.dim()]
     if any(d != (3 if batched else 2) for d in dims):
         kind, want = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
-        got = ", ".join(f"{d}-D" for d in dims)
-        raise RuntimeError(f"For {kind} input, hx should also be {want}-D but got ({got}) tensors")
+        which, got = "hx", f"{dims[0]}-D tensor"
+        if several:
+            which, got = "hx and cx", f"({dims[0]}-D, {dims[1]}-D) tensors"
+        raise RuntimeError(f"For {kind} input, {which} should also be {want}-D but got {got}")
     if not batched:
         hx = tuple(h.unsqueeze(1) for h in hx) if several else hx.unsqueeze(1)
     module.check_forward_args(input, hx, None)
