@@ -8,7 +8,6 @@ class BackwardPass {
   static constexpr int G = Cell::gates, W = S::width, states = Cell::states, slots = Cell::slots;
   static constexpr int64_t group = group_rows<T>, block = Block<T>::max_rows;
   static constexpr int64_t panel_columns = Block<T>::usual_vectors * W;
-  static constexpr bool packs_blocks = Product<T>::depth > 1;  // of gradients, for products over tokens
 
  public:
   BackwardPass(const Backward<T>& args, int threads)
@@ -85,7 +84,7 @@ class BackwardPass {
   // Whole groups of tokens.
   int64_t padded(int64_t tokens) const { return round_up(tokens, Product<T>::depth); }
   int64_t blocks_size() const {
-    return packs_blocks ? padded(slice()) * larger(slots * round_up(a_.H, block), round_up(a_.R, block)) : 0;
+    return packs_columns<T> ? padded(slice()) * larger(slots * round_up(a_.H, block), round_up(a_.R, block)) : 0;
   }
   int64_t weights_size() const { return G * a_.H * (a_.I + a_.R) + (a_.projected ? a_.R * a_.H : 0); }
 
@@ -618,13 +617,13 @@ class BackwardPass {
   // The gradients that products over tokens begin with: of units from u on, of a slot of n rows. Those of units `mine`
   // of the first slots are packed for that where need be.
   Transposed<T> slot_from(const Own& o, const T* const* rows, int64_t n, int slot, Range mine, int64_t u) const {
-    if constexpr (packs_blocks)
+    if constexpr (packs_columns<T>)
       return {block_of(o, n, slot, mine) + (u - mine.first) * padded(n)};
     else
       return {rows, slot * a_.H + u};
   }
   void pack_slots(const Own& o, const T* const* rows, int64_t n, int count, Range mine) const {
-    if constexpr (packs_blocks)
+    if constexpr (packs_columns<T>)
       for (int s = 0; s < count; ++s)
         pack_blocks(rows, n, s * a_.H + mine.first, s * a_.H + mine.last, block_of(o, n, s, mine));
   }

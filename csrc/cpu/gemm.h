@@ -31,6 +31,11 @@ struct Product {
     return S::load(rows[0] + first, lanes);
   }
 
+  template <int columns>
+  FUSEDRNN_INLINE void copy_across(const T* const* rows, int64_t, int64_t first, T* out) {
+    __builtin_memcpy(out, rows[0] + first, columns * sizeof(T));
+  }
+
   FUSEDRNN_INLINE V column(V v, int) { return v; }
   FUSEDRNN_INLINE T value(Group group, int) { return group; }
   FUSEDRNN_INLINE V add(V sum, T value, V column) { return sum + value * column; }
@@ -150,15 +155,19 @@ struct Rows {
   void fetch(int64_t) const {}
 };
 
-// Left-hand side as columns of rows, from `first` on: element (r, k) is rows[k][first + r]. Where k goes in groups, as
-// a block of such columns that was packed before: the group of (r, k) begins at block[k * max_rows + r * depth].
+// Left-hand side as columns of rows, from `first` on: element (r, k) is rows[k][first + r]. Or as a block of such
+// columns that was packed before: the group of (r, k) begins at block[k * max_rows + r * depth].
 //
-// Of single values the columns are read where they lie, a line of the cache for each k, which is fetched before it is
-// needed; the list has so many rows more, whatever they point at. Zen 4, LSTM backward, packed and not, ms: 128,8,64,64
-// 1.026, 0.998; 1000,4,128,128 16.4, 15.4; 100,32,128,128 13.1, 12.5; 100,64,256,256 99.1, 96.9; 100,32,512,512 195.2,
-// 194.0; 50,64,1024,1024 767, 777 (not fetched 100,32,512,512 199, 50,64,1024,1024 858).
+// Packed where k goes in groups. Else blocks of 8 columns are read where they lie, a line of the cache for each k,
+// which is fetched before it is needed; the list has so many rows more, whatever they point at. Zen 4, LSTM backward,
+// packed and not, ms: 128,8,64,64 1.026, 0.998; 1000,4,128,128 16.4, 15.4; 100,32,128,128 13.1, 12.5;
+// 100,64,256,256 99.1, 96.9; 100,32,512,512 195.2, 194.0; 50,64,1024,1024 767, 777 (not fetched 100,32,512,512 199,
+// 50,64,1024,1024 858). Shorter vectors have blocks of 6, which lie in two lines as often as in one: there not packed
+// costs up to 8%.
+template <class T>
+constexpr bool packs_columns = Product<T>::depth > 1 || FUSEDRNN_VECTOR_BYTES < 64;
 constexpr int64_t rows_ahead = 16;
-template <class T, bool packed = (Product<T>::depth > 1)>
+template <class T, bool packed = packs_columns<T>>
 struct Transposed {
   const T* const* rows;
   int64_t first;
@@ -552,8 +561,8 @@ class PanelRows {
   int64_t stride_;
 };
 
-// Packs columns [first, last) of rows[0 .. K) into blocks for Transposed, which needs them where k goes in groups,
-// max_rows columns each; missing ones are zero, and so are missing rows of the last group.
+// Packs columns [first, last) of rows[0 .. K) into blocks for Transposed, max_rows columns each; missing ones are zero,
+// and so are missing rows of the last group.
 template <class T>
 static void pack_blocks(const T* const* rows, int64_t K, int64_t first, int64_t last, T* out) {
   constexpr int64_t MR = Block<T>::max_rows, depth = Product<T>::depth;
