@@ -94,10 +94,10 @@ SEQUENCE_FAULTS = {
     "hx_last_width": Fault(lambda x, hx: (x, last(hx, lambda h: values(L * D, B, H + 1))), r"\(4, 3, 6\).*4, 3, 7"),
     "hx_last_batch": Fault(lambda x, hx: (x, last(hx, lambda h: values(L * D, B + 1, H))), r"\(4, 3, 6\).*4, 4, 6"),
     "hx_last_layers": Fault(lambda x, hx: (x, last(hx, lambda h: values(L, B, H))), r"\(4, 3, 6\).*2, 3, 6"),
-    "hx_rank_4": Fault(lambda x, hx: (x, first(hx, lambda h: h[None])), "(hx|hx and cx) should also be 3-D.*4-D"),
-    "hx_unbatched": Fault(lambda x, hx: (x, every(hx, lambda h: h[:, 0])), "(hx|hx and cx) should also be 3-D.*2-D"),
-    "hx_last_unbatched": Fault(lambda x, hx: (x, last(hx, lambda h: h[:, 0])), "(hx|hx and cx) should also be 3-D.*2-D"),
-    "unbatched_but_hx": Fault(lambda x, hx: (x[:, 0], hx), "(hx|hx and cx) should also be 2-D.*3-D"),
+    "hx_rank_4": Fault(lambda x, hx: (x, first(hx, lambda h: h[None])), "hx( and cx)? should also be 3-D.*4-D"),
+    "hx_unbatched": Fault(lambda x, hx: (x, every(hx, lambda h: h[:, 0])), "hx( and cx)? should also be 3-D.*2-D"),
+    "hx_last_unbatched": Fault(lambda x, hx: (x, last(hx, lambda h: h[:, 0])), "hx( and cx)? should also be 3-D.*2-D"),
+    "unbatched_but_hx": Fault(lambda x, hx: (x[:, 0], hx), "hx( and cx)? should also be 2-D.*3-D"),
     "unbatched_hx_layers": Fault(
         lambda x, hx: (x[:, 0], every(hx, lambda h: values(L, H))), r"\(4, 1, 6\).*\[2, 1, 6\]"
     ),

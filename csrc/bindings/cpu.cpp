@@ -614,6 +614,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("is_batch_invariant", [] { return batch_invariant.load(); }, "What set_batch_invariant has set.");
   m.def("threads_left_out", &threads_left_out,
         "How many threads calls do without at the moment, because another process keeps their cores busy.");
+  m.def(
+      "meeting_cost",
+      []() -> py::object {
+        if (meeting_cost_is_old()) return py::none();
+        return py::float_(meeting_cost());
+      },
+      "Nanoseconds that threads took to meet when a call measured it a moment ago; None if none did.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def(
       "multiplies_bfloat16", [] { return kernels().probes.dots_bf16 != nullptr; },

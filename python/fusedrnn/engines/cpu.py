@@ -50,6 +50,8 @@ class CpuEngine:
             notes += ", backward computes the gates again"
         if _cpu.is_batch_invariant():
             notes += ", batch-invariant"
+        if (cost := _cpu.meeting_cost()) is not None:
+            notes += f", {cost:.0f} ns to meet"
         if left_out := _cpu.threads_left_out():
             notes += f", {left_out} of them left out: their cores are busy"
         return f"C++ kernels, {_cpu.isa()}, up to {torch.get_num_threads()} threads{notes}"
