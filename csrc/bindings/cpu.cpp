@@ -617,7 +617,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "meeting_cost",
       []() -> py::object {
-        if (meeting_cost_is_old()) return py::none();
+        if (!meeting_cost_is_known()) return py::none();
         return py::float_(meeting_cost());
       },
       "Nanoseconds that threads took to meet when a call measured it a moment ago; None if none did.");

@@ -35,7 +35,7 @@ class ForwardPass {
     // as much as two.
     packs_ = a_.seq.tokens() > (may_keep ? 2 : 8) || within_ || a_.batch_invariant;
     keeps_ = packs_ && may_keep;
-    measures_ = !plan_.by_rows && plan_.threads > 1 && meeting_cost_is_old();
+    measures_ = !plan_.by_rows && plan_.threads > 1 && should_measure_meetings();
     streams_ = within_ && streams_saved();
     // Weights of half the size leave the caches no room for the states that a step reads and writes.
     fetches_values_ = larger(2 * weights, saved_bytes()) > in_no_cache_near_by;

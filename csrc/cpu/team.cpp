@@ -3,15 +3,9 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <chrono>
-#include <climits>
 
 namespace fusedrnn {
 namespace {
@@ -26,21 +20,6 @@ void raise(std::atomic<int64_t>& highest, int64_t value) {
   int64_t before = highest.load(std::memory_order_relaxed);
   while (before < value && !highest.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
   }
-}
-
-// Returns when it is woken, or for no reason.
-void sleep_while([[maybe_unused]] const std::atomic<int>& value, [[maybe_unused]] int is) {
-#if defined(__linux__)
-  syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, is, nullptr, nullptr, 0);
-#else
-  sched_yield();
-#endif
-}
-
-void wake([[maybe_unused]] const std::atomic<int>& value) {
-#if defined(__linux__)
-  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-#endif
 }
 
 // The core that this thread runs on; -1 if unknown.
@@ -59,31 +38,24 @@ void Barrier::wait(int size) {
   if (before + 1 == all) {
     if (const int core = yields_on_.load(std::memory_order_relaxed); core >= 0) {
       yields_on_.store(-1, std::memory_order_relaxed);
-      if (core == current_core()) sleeps_next_.store(true, std::memory_order_relaxed);
-    }
-    // Who goes to sleep says so and then looks for the last arrival: one of the two sees the other.
-    if (sleeping_.load() > 0) {
-      ++wakings_;
-      wake(wakings_);
+      const bool same = core == current_core();
+      shared_core_.store(same ? core : -1, std::memory_order_relaxed);
+      if (same) saw_shared_core_.store(true, std::memory_order_relaxed);
     }
     return;
   }
   const auto arrived = [&] { return arrivals_.load() >= all; };
-  for (int spins = 0; spins < 2000; ++spins) {
-    if (arrived()) return;
+  const int shared = shared_core_.load(std::memory_order_relaxed);
+  if (shared < 0 || shared != current_core())
+    for (int spins = 0; spins < 2000; ++spins) {
+      if (arrived()) return;
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
-  }
+    }
   const int64_t begin = nanoseconds();
-  if (sleeps_next_.exchange(false, std::memory_order_relaxed)) {
-    ++sleeping_;
-    for (int wakings = wakings_; !arrived(); wakings = wakings_) sleep_while(wakings_, wakings);
-    --sleeping_;
-  } else {
-    yields_on_.store(current_core(), std::memory_order_relaxed);
-    while (!arrived()) sched_yield();
-  }
+  yields_on_.store(current_core(), std::memory_order_relaxed);
+  while (!arrived()) sched_yield();
   waited_.fetch_add(nanoseconds() - begin, std::memory_order_relaxed);
 }
 
@@ -124,6 +96,8 @@ struct Region {
   Barrier barrier;
   std::atomic<int> members{0};                           // perhaps fewer than asked for
   std::atomic<int64_t> end{INT64_MIN}, sum_of_times{0};  // from `begin` to each member's own end
+  std::atomic<int> last_core{-1};
+  std::atomic<bool> ends_on_shared_core{false};
   int64_t begin = nanoseconds();
 };
 
@@ -132,6 +106,8 @@ void run_member(void* data) {
   region.work(region.context, Team{region.openmp->thread_num(), region.openmp->num_threads(), &region.barrier});
   const int64_t now = nanoseconds();
   ++region.members;
+  if (const int core = current_core(); core >= 0 && region.last_core.exchange(core) == core)
+    region.ends_on_shared_core = true;
   raise(region.end, now);
   region.sum_of_times.fetch_add(now - region.begin, std::memory_order_relaxed);
 }
@@ -142,9 +118,8 @@ void run_member(void* data) {
 std::atomic<int> held_back{0}, given{0};
 std::atomic<int64_t> until{0}, pause{0};
 constexpr int64_t ms = 1000000, shortest_pause = 50 * ms, longest_pause = 1000 * ms;
-// Another process' turn lasts 3 or 4 ms at least. Shorter waits are our own: threads that slept are woken on one core
-// and take 1 to 2.4 ms to part; once a process has shown itself they count too. Between its turns it may be away for
-// some milliseconds.
+// Another process' turn lasts 3 or 4 ms at least; once one has shown itself, shorter waits count too. Between its turns
+// it may be away for some milliseconds.
 constexpr int64_t shortest_turn = 5 * ms / 2, longest_absence = 20 * ms;
 
 // `wait`: how long each of the others waited for one of them, in a region of `total`. Others' cores may also be slower
@@ -166,43 +141,61 @@ void learn(int threads, int64_t wait, int64_t total) {
   }
 }
 
+// Threads that have slept may be woken on one core and stay there together for some milliseconds (up to 12 in a guest
+// whose kernel packs them), while another is idle.
+constexpr int64_t shortest_sleep = 2 * ms, longest_parting = 15 * ms;
+std::atomic<int64_t> last_end{INT64_MIN / 2}, awake_since{0};
+
+// Whether the threads of a region that begins now must be woken, or have been not long ago.
+bool just_awake(int64_t now) { return now > last_end + shortest_sleep || now < awake_since + longest_parting; }
+
 }  // namespace
 
 void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   static const OpenMp openmp;
   Region region{work, context, &openmp, {}};
   if (threads < 2 || !openmp.usable()) return work(context, Team{0, 1, &region.barrier});
+  const bool awoke = just_awake(region.begin);
+  if (region.begin > last_end + shortest_sleep) awake_since = region.begin;
   openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
+  last_end = region.end.load();
   const int members = region.members;
   const int64_t total = region.end - region.begin;
   // One that has lost its turn at a barrier, where all are already, counts as waiting beside those it keeps waiting.
   const int64_t waited = members * total - region.sum_of_times + region.barrier.waited();
-  if (members > 1) learn(members, std::min(waited / (members - 1), total), total);
+  const bool in_own_way = region.barrier.saw_shared_core() || region.ends_on_shared_core;
+  if (members > 1 && !(awoke && in_own_way)) learn(members, std::min(waited / (members - 1), total), total);
 }
 
 namespace {
+
 constexpr double lowest_cost = 75;
 std::atomic<double> latest_cost{lowest_cost};
-std::atomic<int64_t> measured_at{INT64_MIN / 2};
+std::atomic<int64_t> holds_until{INT64_MIN};
+
 }  // namespace
 
-bool meeting_cost_is_old() {
-  // To find out that cores are still far apart costs a call that is divided in vain, and its weights packed for that.
-  const int64_t age = latest_cost > 2 * lowest_cost ? 200 * ms : 20 * ms;
-  return nanoseconds() > measured_at + age;
-}
+bool meeting_cost_is_known() { return nanoseconds() <= holds_until; }
 
-double meeting_cost() { return meeting_cost_is_old() ? lowest_cost : latest_cost.load(); }
+double meeting_cost() { return meeting_cost_is_known() ? latest_cost.load() : lowest_cost; }
+
+bool should_measure_meetings() { return !meeting_cost_is_known() && !just_awake(nanoseconds()); }
 
 void measure_meetings(const Team& team) {
   constexpr int meetings = 8;
+  constexpr double far = 2 * lowest_cost;
   team.sync();
-  const int64_t begin = nanoseconds();
-  for (int k = 0; k < meetings; ++k) team.sync();
+  int64_t least = INT64_MAX, before = nanoseconds();
+  for (int k = 0; k < meetings; ++k) {
+    team.sync();
+    const int64_t now = nanoseconds();
+    least = std::min(least, now - before);
+    before = now;
+  }
   if (team.rank != 0) return;
-  const int64_t now = nanoseconds();
-  latest_cost = static_cast<double>(now - begin) / meetings;
-  measured_at = now;
+  latest_cost = static_cast<double>(least);
+  // To find out that cores are still far apart costs a call that is divided in vain, and its weights packed for that.
+  holds_until = before + (latest_cost > far ? 200 : 20) * ms;
 }
 
 int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }

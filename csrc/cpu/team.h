@@ -9,22 +9,22 @@ namespace fusedrnn {
 // A barrier that spins briefly and then yields: libgomp's own costs several times more, and one that only spins
 // stalls for a whole time slice whenever another process holds a core.
 //
-// Threads that have been started or woken on one core may yield to each other there for 20 ms while another is idle. So
-// when the one that was waited for finds the waiter on its own core, the next wait sleeps: who wakes up is given an
-// idle core, who yields is not. To sleep always costs a training step beside a busy process a tenth. LSTM on 2 threads
-// in the first 80 ms of a process (Zen 5): inference 100,1,256,256 1.25 -> 0.69 ms, forward of training 128,8,256,256
-// 6.6 -> 3.5 ms.
+// Threads that have been started or woken on one core may stay there together for 10 ms and more while another is idle.
+// So when the one that was waited for finds that the waiter yields on its own core, who waits next on that core does
+// not spin before it yields. The first call after a sleep (Zen 4, LSTM inference 100,1,256,256, 2 threads): 10 ms -> 2
+// ms. To sleep instead of yielding does not part them sooner.
 class Barrier {
  public:
   void wait(int size);
-  // Nanoseconds that threads have yielded or slept, all together.
+  // Nanoseconds that threads have yielded, all together.
   int64_t waited() const { return waited_.load(std::memory_order_relaxed); }
+  // Whether a thread yielded to one on its own core.
+  bool saw_shared_core() const { return saw_shared_core_.load(std::memory_order_relaxed); }
 
  private:
   std::atomic<int64_t> waited_{0};
-  std::atomic<int> sleeping_{0}, yields_on_{-1};  // how many threads; a core, or -1
-  std::atomic<bool> sleeps_next_{false};
-  std::atomic<int> wakings_{0};
+  std::atomic<int> yields_on_{-1}, shared_core_{-1};  // cores, or -1
+  std::atomic<bool> saw_shared_core_{false};
   // Of all meetings: who waits looks at what the last one changes anyway. With a second number that the last one then
   // changes, news pass between cores once more (Zen 4, two cores: 75 and 55 ns, or 300 and 210, see meeting_cost).
   alignas(64) std::atomic<int64_t> arrivals_{0};
@@ -54,13 +54,14 @@ int undisturbed_threads(int threads);
 // How many it would leave out now.
 int threads_left_out();
 
-// What it costs now that all threads of a team meet at its barrier, in nanoseconds. On a guest, whose cores the host
-// moves about, that is 75 for seconds and then 300 (Zen 4, two cores).
+// What it costs now that all threads of a team meet at its barrier, in nanoseconds: on a guest, whose cores the host
+// moves about, 75 for seconds and then 300 (Zen 4, two cores). It is measured by a team of which all call
+// measure_meetings at the same time, and known for a while then; as long as it is not, it is taken to be the lowest.
 double meeting_cost();
+bool meeting_cost_is_known();
 
-// Whether that was found out so long ago that it should be measured again, by a team of which all call measure_meetings
-// at the same time. Until then the cost is taken to be the lowest.
-bool meeting_cost_is_old();
+// Whether the next team should measure it: not if its threads have just slept, as they meet more slowly then.
+bool should_measure_meetings();
 void measure_meetings(const Team& team);
 
 }  // namespace fusedrnn

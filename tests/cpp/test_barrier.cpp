@@ -33,7 +33,7 @@ void test(int size) {
 int main() {
   for (int size = 1; size <= 4; ++size) test(size);
 #if defined(__linux__)
-  // On one core, where those that wait sleep every other time.
+  // On one core, where those that wait do not spin.
   cpu_set_t core;
   CPU_ZERO(&core);
   CPU_SET(sched_getcpu(), &core);

@@ -1,5 +1,6 @@
 // Teams on the OpenMP runtime: their sizes, what their threads see of one another, nesting, and forked children.
 #include <omp.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -78,14 +79,45 @@ void test_fork(const char* when) {
         WIFSIGNALED(status) ? "hangs or crashes" : "does not run alone");
 }
 
+// Keeps each thread of a team of two to a core of its own as long as it lives: nothing is learnt from threads that have
+// just been woken on the same one.
+class Apart {
+ public:
+  Apart() {
+    CPU_ZERO(&all_);
+    CHECK(sched_getaffinity(0, sizeof all_, &all_) == 0, "unknown cores");
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+      if (CPU_ISSET(core, &all_)) cores_.push_back(core);
+    if (!possible()) return;
+    run(2, [&](const Team& team) {
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(cores_[static_cast<size_t>(team.rank)], &one);
+      CHECK(sched_setaffinity(0, sizeof one, &one) == 0, "thread %d cannot stay on a core", team.rank);
+    });
+  }
+  ~Apart() {
+    if (possible()) run(2, [&](const Team&) { sched_setaffinity(0, sizeof all_, &all_); });
+  }
+  bool possible() const { return cores_.size() > 1; }
+
+ private:
+  cpu_set_t all_;
+  std::vector<int> cores_;
+};
+
 // A thread that comes late is left out for a while, then tried again; one that comes late again, for longer.
 void test_disturbance() {
   using std::chrono::milliseconds;
+  const Apart apart;
+  if (!apart.possible()) return;
   const auto late = [](milliseconds delay) {
     run(2, [&](const Team& team) {
       if (team.rank == 1) std::this_thread::sleep_for(delay);
     });
   };
+  std::this_thread::sleep_for(milliseconds(80));
+  late(milliseconds(0));  // forgets what starting and moving the threads may have taught
   CHECK(fusedrnn::undisturbed_threads(4) == 4, "a thread is left out at once");
   late(milliseconds(20));
   CHECK(fusedrnn::undisturbed_threads(4) == 3, "%d of 4 threads", fusedrnn::undisturbed_threads(4));
