@@ -173,7 +173,11 @@ struct Transposed {
   int64_t first;
   auto operator()(int r, int64_t k) const { return group(rows[k] + first + r); }
   Transposed from(int64_t k) const { return {rows + k, first}; }
-  void fetch(int64_t k) const { __builtin_prefetch(rows[k + rows_ahead] + first); }
+  // As a number: a pointer that is none must not be moved.
+  void fetch(int64_t k) const {
+    const auto row = reinterpret_cast<uintptr_t>(rows[k + rows_ahead]);
+    __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(first) * sizeof(T)));
+  }
 };
 template <class T>
 struct Transposed<T, true> {
