@@ -12,7 +12,8 @@ class BackwardPass {
  public:
   BackwardPass(const Backward<T>& args, int threads)
       : a_(args),
-        plan_(make_plan<T>(args, G, threads, backward_chunk(args), least_step, true)),
+        plan_(
+            make_plan<T>(args, G, threads, backward_chunk(args), least_step, weights_outweigh_rows(args, G, threads))),
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
         apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),

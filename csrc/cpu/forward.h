@@ -62,9 +62,14 @@ class ForwardPass {
   }
 
  private:
-  // Nanoseconds of a meeting. Zen 4, 2 threads, LSTM inference, by units and by rows, ms, while meetings cost 55; 200
-  // ns: 128,8,256,256 5.3, 5.2; 5.9, 5.2. 100,16,16,256 4.70, 4.71; 5.86, 4.71.
+  // Nanoseconds of a meeting. Units are divided though there are rows enough while the cores are near to each other, if
+  // all weights are large and rows are few. Zen 4, 2 threads, LSTM inference, by units and by rows, ms: 20,8,1024,1024
+  // 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256 5.3, 5.2 (while meetings cost 200 ns 5.9, 5.2); 100,12,256,256
+  // 6.2, 6.2; 100,16,200,200, where half of the units is no even number of vectors, 6.8, 6.3;
+  // 200,16,256,256 19.0, 18.5; 50,16,1024,1024 65.2, 64.6; 100,32,512,512 66.8, 64.6. (Zen 5, before tiles of 8 rows:
+  // 128,8,256,256 3.4, 3.6; 100,32,512,512 34.4, 36.0.)
   static constexpr double near = 130;
+  static constexpr int64_t few_rows = 8;  // a thread
 
   // Steps are divided where that saves more than it costs: a barrier, h that comes from another core, and tiles that
   // are smaller. Few rows make 64 flops a nanosecond. Zen 4, 1 and 2 threads, while meetings cost 75 ns, ms: LSTM
@@ -73,7 +78,8 @@ class ForwardPass {
   static Plan plan(const Forward<T>& a, int threads) {
     const double saved = threads > 1 ? 1 - 1.0 / threads : 1;
     const double cost = meeting_cost();
-    return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * cost) / saved, cost < near);
+    const bool units_first = cost < near && a.seq.B < few_rows * threads && outlast_caches<T>(G * a.H * a.R);
+    return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * cost) / saved, units_first);
   }
 
   int work_in_team() {

@@ -24,11 +24,11 @@ struct Plan {
 // Whether each thread may have some sequences to itself.
 static inline bool rows_enough(int64_t B, int threads) { return B >= 4 * threads; }
 
-// Whether to divide by units though there are rows enough. By rows a step reads all recurrent weights once for a
+// Whether backward divides by units though there are rows enough. By rows a step reads all recurrent weights once for a
 // thread's few rows; those that its second-level cache (1 MB here) cannot hold come from the third, for all threads at
-// once. Zen 5, 2 threads, LSTM, by rows and by units, ms (forward; backward): 100,32,512,512 36.0; 76.0 and 34.4; 72.7.
-// 128,8,256,256 3.6; 7.4 and 3.4; 6.4. 100,16,16,256 3.3; 5.8 and 2.8; 5.7. 200,16,256,256 10.2; 19.8 and 9.7; 19.4.
-// With 32 rows a thread it makes no difference: 100,64,256,256 18.3; 36.9 and 18.5; 37.8.
+// once. Zen 5, 2 threads, LSTM, by rows and by units, ms: 100,32,512,512 76.0, 72.7; 128,8,256,256 7.4, 6.4;
+// 100,16,16,256 5.8, 5.7; 200,16,256,256 19.8, 19.4. With 32 rows a thread it makes no difference: 100,64,256,256 36.9,
+// 37.8. Forward has less to gain and sums nothing over rows: see there.
 template <class T>
 static bool weights_outweigh_rows(const Layer<T>& a, int gates, int threads) {
   const int64_t bytes = gates * a.H * a.R * (int64_t)sizeof(T);
@@ -41,17 +41,17 @@ static bool outlast_caches(int64_t values) {
   return values * (int64_t)sizeof(T) > in_no_cache_near_by;
 }
 
-// With fewer flops than `least_step` a step is not worth its barrier. `near`: nor is it a while to the cores of the
-// other threads, from which by units h must come at every step.
+// With fewer flops than `least_step` a step is not worth its barrier. `units_first`: units are divided even if there
+// are rows enough.
 template <class T>
-static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step, bool near) {
+static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step,
+                      bool units_first) {
   // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
   const double step_work = 2.0 * (double)a.seq.B * (double)(a.I + a.R) * (double)(gates * a.H);
   const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
   Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
   if (work < 2e6) plan.threads = 1;
-  plan.by_rows = plan.threads > 1 && rows_enough(a.seq.B, plan.threads) &&
-                 !(near && weights_outweigh_rows(a, gates, plan.threads));
+  plan.by_rows = plan.threads > 1 && rows_enough(a.seq.B, plan.threads) && !units_first;
   if (!plan.by_rows && step_work < least_step) plan.threads = 1;
   if (plan.by_rows && !a.seq.sizes) plan.rows = ceil_div(a.seq.B, plan.threads);
   plan.chunk = larger(2, smaller(a.seq.T, chunk_tokens / larger(1, plan.rows)));
