@@ -283,8 +283,8 @@ class BackwardPass {
     const Range mine = part(G * panels, team.rank, team.size);
     for (int64_t item = mine.first; item < mine.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      pack_transposed(again_ih_[g], p, w.w_ih + g * a_.H * a_.I);
-      pack_transposed(again_hh_[g], p, w.w_hh + g * a_.H * a_.R);
+      pack_transposed(again_ih_[g], p, {w.w_ih + g * a_.H * a_.I, a_.I});
+      pack_transposed(again_hh_[g], p, {w.w_hh + g * a_.H * a_.R, a_.R});
       for (int64_t j = again_hh_[g].first(p); j < again_hh_[g].last(p); ++j) {
         bias_x_[g][j] = w.b_ih ? w.b_ih[g * a_.H + j] : T(0);
         bias_r_[g][j] = w.b_hh ? w.b_hh[g * a_.H + j] : T(0);

@@ -443,41 +443,54 @@ struct Panels {
   int64_t count_ = 0, narrow_ = 0, wider_ = 0;
 };
 
-// Packs panel p of the transpose of w (columns x K, row stride K): element (k, c) is w[c][k]. Large matrices go past
-// the caches, which would not hold them until they are used (Zen 4, 13 MB: 1.47 ms, so 0.68; LSTM forward of training
-// 20,8,1024,1024 29.5 -> 27.6 ms).
+// The rows of a matrix with K columns that are the columns of its packed transpose: those from w on or, if `piece` is
+// not 0, so many of them each `between` rows.
 template <class T>
-static void pack_transposed(Panels<T>& packed, int64_t p, const T* w) {
+struct Columns {
+  const T* w;
+  int64_t K, piece = 0, between = 0;
+  const T* operator[](int64_t c) const { return w + (piece ? c / piece * between + c % piece : c) * K; }
+};
+
+// Packs panel p of the transpose of w: element (k, c) is w[c][k]. Large matrices go past the caches, which would not
+// hold them until they are used (Zen 4, 13 MB: 1.47 ms, so 0.68; LSTM forward of training 20,8,1024,1024 29.5 -> 27.6
+// ms).
+template <class T>
+static void pack_transposed(Panels<T>& packed, int64_t p, const Columns<T>& w) {
   using P = Product<T>;
   using V = typename P::V;
   constexpr int W = P::S::width, depth = P::depth;
   const int64_t K = packed.K, first = packed.first(p), last = packed.last(p), stride = packed.vectors_of(p) * W;
   const bool large = packed.is_large();
   T* out = packed.panel(p);
-  for (int64_t c = first; c < last; c += W, out += W * depth)
+  for (int64_t c = first; c < last; c += W, out += W * depth) {
+    const T* rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = c + i < last ? w[c + i] : nullptr;
     for (int64_t k = 0; k < K; k += W * depth) {
       const int64_t values = smaller(W * depth, K - k);
       V block[W];
-      for (int i = 0; i < W; ++i) block[i] = c + i < last ? P::load(w + (c + i) * K + k, values) : V{};
+      for (int i = 0; i < W; ++i) block[i] = rows[i] ? P::load(rows[i] + k, values) : V{};
       P::S::transpose(block);
       for (int i = 0; i * depth < values; ++i) {
         T* place = out + (k + i * depth) * stride;
         large ? P::stream(place, block[i]) : P::store(place, block[i]);
       }
     }
+  }
   if (large) P::S::finish_streams();
 }
 
-// A number that tells n values from any others: those that differ in a single vector surely, others but for one chance
-// in 2^64. Each step is a bijection of what came before and of the vector that comes in; four chains hide its latency.
+// A number that tells n values, and what came `before` them, from any others: those that differ in a single vector
+// surely, others but for one chance in 2^64. Each step is a bijection of what came before and of the vector that comes
+// in; four chains hide its latency.
 template <class T>
-static uint64_t fingerprint(const T* values, int64_t n) {
+static uint64_t fingerprint(const T* values, int64_t n, uint64_t before = 0) {
   using P = Product<T>;
   typedef uint64_t Bits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   constexpr int W = FUSEDRNN_VECTOR_BYTES / sizeof(T), chains = 4;
   constexpr uint64_t odd = 0x9e3779b97f4a7c15u;  // 2^64 by the golden ratio
   Bits chain[chains];
-  for (int c = 0; c < chains; ++c) chain[c] = Bits{} + (uint64_t)(n + c);
+  for (int c = 0; c < chains; ++c) chain[c] = Bits{} + (before + (uint64_t)(n + c));
   const auto take = [&](int c, typename P::V v) {
     chain[c] = (chain[c] ^ (Bits)v) * odd;
     chain[c] = chain[c] << 29 | chain[c] >> 35;
