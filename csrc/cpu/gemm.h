@@ -12,6 +12,14 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // More bytes than the second-level cache can hold until their turn comes again.
 constexpr int64_t in_no_cache_near_by = 1 << 21;
 
+// Makes the compiler load a vector once instead of reading it from memory wherever it is used.
+template <class V>
+FUSEDRNN_INLINE void to_register([[maybe_unused]] V& vector) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES <= __BIGGEST_ALIGNMENT__
+  asm("" : "+v"(vector));
+#endif
+}
+
 // How values are multiplied and added up. A lane holds `depth` values that follow each other along k, and a lane of
 // sums takes the products of all of them, in `parts` steps. Group is a row's `depth` values.
 template <class T>
@@ -100,10 +108,8 @@ struct Product<bf16> {
 #endif
   FUSEDRNN_INLINE V value(Group pair, int part) {
     Bits all = Bits{} + pair;
-#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES <= __BIGGEST_ALIGNMENT__
     // Else the compiler widens a pair before it fills a vector with it, which a load does by itself.
-    if constexpr (parts > 1) asm("" : "+v"(all));
-#endif
+    if constexpr (parts > 1) to_register(all);
     return column((V)all, part);
   }
   FUSEDRNN_INLINE V dot(V sum, V a, V b) {
@@ -214,14 +220,30 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
     for (int part = 0; part < P::parts; ++part) {
       // Operands are read again: there are no registers to keep those of both parts in (AVX2: 57 and 87 GF/s).
       if (part > 0) asm volatile("" ::: "memory");
-      V column[NV];
+      if constexpr (MR == 2 || MR == 3) {
+        // The values of all rows stay in registers, as there is no room for all columns; left to itself the compiler
+        // reads each column for each of so few rows again (Zen 4, GF/s: 2 rows 92 -> 110, 3 rows 97 -> 116; LSTM
+        // inference 100,2,128,128 0.581 -> 0.547 ms).
+        decltype(P::value(left(0, k), part)) value[MR];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) column[v] = P::column(P::load(panel + v * width * P::depth), part);
+        for (int r = 0; r < MR; ++r) value[r] = P::value(left(r, k), part);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const auto value = P::value(left(r, k), part);
+        for (int v = 0; v < NV; ++v) {
+          V column = P::column(P::load(panel + v * width * P::depth), part);
+          to_register(column);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value, column[v]);
+          for (int r = 0; r < MR; ++r) sum[r][v] = P::add(sum[r][v], value[r], column);
+        }
+      } else {
+        V column[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) column[v] = P::column(P::load(panel + v * width * P::depth), part);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          const auto value = P::value(left(r, k), part);
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value, column[v]);
+        }
       }
     }
   }
