@@ -109,6 +109,23 @@ def test_other_dtypes_in_the_same_memory():
             torch.testing.assert_close(pair[0](x)[0], pair[1](x)[0], rtol=10 * precision, atol=precision)
 
 
+@pytest.mark.parametrize("hidden", [16, 37, 64])
+def test_with_and_without_a_projection_as_wide(hidden):
+    """Two layers that share their matrices but for one."""
+    w_ih, w_hh, w_hr = torch.randn(4 * hidden, 8), torch.randn(4 * hidden, hidden), torch.randn(hidden, hidden)
+    x = torch.randn(10, 1, 8)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        plain = fusedrnn.functional.lstm(x, None, [w_ih, w_hh], bias=False)[0]
+        projected = fusedrnn.functional.lstm(x, None, [w_ih, w_hh, w_hr], bias=False, projected=True)[0]
+        return plain, projected
+
+    with torch.no_grad():
+        first = run()
+        for _ in range(5):
+            torch.testing.assert_close(run(), first, rtol=0, atol=0)
+
+
 def test_bitwise_the_same_with_and_without():
     """The first call packs, the second finds, one with gradients keeps nothing."""
     ours, _ = make("GRU", bidirectional=True)

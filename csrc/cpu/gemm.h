@@ -502,9 +502,9 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const Columns<T>& w) {
   if (large) P::S::finish_streams();
 }
 
-// A number that tells n values, and what came `before` them, from any others: those that differ in a single vector
-// surely, others but for one chance in 2^64. Each step is a bijection of what came before and of the vector that comes
-// in; four chains hide its latency.
+// A number that tells n values, and what came `before` them, from any others: those that differ in a single vector of
+// these n surely, others but for one chance in 2^64. Each step is a bijection of what came before and of the vector
+// that comes in; four chains hide its latency.
 template <class T>
 static uint64_t fingerprint(const T* values, int64_t n, uint64_t before = 0) {
   using P = Product<T>;

@@ -18,6 +18,8 @@ class KeptWeights {
     const void *w_ih, *w_hh;
     int64_t gates, I, H, R;
     int directions, input_vectors, vectors, shares, vector_bytes, value_bytes;
+    bool projected;
+    int64_t merged;
     bool operator==(const Key& other) const;
   };
 

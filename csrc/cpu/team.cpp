@@ -125,7 +125,7 @@ constexpr int64_t shortest_turn = 5 * ms / 2, longest_absence = 20 * ms;
 // `wait`: how long each of the others waited for one of them, in a region of `total`. Others' cores may also be slower
 // than this one's, by less than it pays to do their work too: without the one that is waited for, the region would have
 // taken (total - wait) * threads / (threads - 1).
-void learn(int threads, int64_t wait, int64_t total) {
+void learn(int threads, int64_t wait, int64_t total, int64_t least_pause) {
   const bool disturbed = wait > (held_back > 0 ? ms : shortest_turn) && wait > total / threads;
   if (!disturbed && held_back == 0) return;
   const int64_t now = nanoseconds();
@@ -133,7 +133,7 @@ void learn(int threads, int64_t wait, int64_t total) {
   if (!disturbed) {
     if (now > until + longest_absence) held_back = 0;  // all were tried again, and none was in the way
   } else if (!holding_back) {
-    pause = held_back > 0 ? std::min(2 * pause.load(), longest_pause) : shortest_pause;
+    pause = std::min(std::max(held_back > 0 ? 2 * pause.load() : 0, least_pause), longest_pause);
     held_back = std::max(1, held_back.load());
     until = now + pause;
   } else if (threads <= given) {
@@ -142,29 +142,40 @@ void learn(int threads, int64_t wait, int64_t total) {
 }
 
 // Threads that have slept may be woken on one core and stay there together for some milliseconds (up to 12 in a guest
-// whose kernel packs them), while another is idle.
-constexpr int64_t shortest_sleep = 2 * ms, longest_parting = 15 * ms;
-std::atomic<int64_t> last_end{INT64_MIN / 2}, awake_since{0};
+// whose kernel packs them), while another is idle. Who calls once in a while is then better off without them, as if the
+// core were busy; who goes on calling is not. So they are left out for a short while, and when they are tried again
+// amidst work, they get the time to part.
+constexpr int64_t shortest_sleep = 2 * ms, longest_parting = 15 * ms, pause_to_part = 10 * ms;
+// Since when the threads of teams have not slept, and since when calls have followed each other, whoever ran them.
+std::atomic<int64_t> last_team_end{INT64_MIN / 2}, awake_since{0}, last_call_end{INT64_MIN / 2}, busy_since{0};
 
 // Whether the threads of a region that begins now must be woken, or have been not long ago.
-bool just_awake(int64_t now) { return now > last_end + shortest_sleep || now < awake_since + longest_parting; }
+bool just_awake(int64_t now) { return now > last_team_end + shortest_sleep || now < awake_since + longest_parting; }
 
 }  // namespace
 
 void run_team(int threads, void (*work)(void*, const Team&), void* context) {
   static const OpenMp openmp;
   Region region{work, context, &openmp, {}};
-  if (threads < 2 || !openmp.usable()) return work(context, Team{0, 1, &region.barrier});
+  const bool alone = threads < 2 || !openmp.usable();
+  if ((!alone || held_back > 0) && region.begin > last_call_end + shortest_sleep) busy_since = region.begin;
+  if (alone) {
+    work(context, Team{0, 1, &region.barrier});
+    if (held_back > 0) last_call_end = nanoseconds();
+    return;
+  }
   const bool awoke = just_awake(region.begin);
-  if (region.begin > last_end + shortest_sleep) awake_since = region.begin;
+  if (region.begin > last_team_end + shortest_sleep) awake_since = region.begin;
   openmp.parallel(run_member, &region, static_cast<unsigned>(threads), 0);
-  last_end = region.end.load();
+  last_team_end = last_call_end = region.end.load();
   const int members = region.members;
+  if (members < 2) return;
   const int64_t total = region.end - region.begin;
   // One that has lost its turn at a barrier, where all are already, counts as waiting beside those it keeps waiting.
   const int64_t waited = members * total - region.sum_of_times + region.barrier.waited();
-  const bool in_own_way = region.barrier.saw_shared_core() || region.ends_on_shared_core;
-  if (members > 1 && !(awoke && in_own_way)) learn(members, std::min(waited / (members - 1), total), total);
+  const bool parting = awoke && (region.barrier.saw_shared_core() || region.ends_on_shared_core);
+  if (parting && held_back > 0 && region.begin > busy_since + longest_parting) return;
+  learn(members, std::min(waited / (members - 1), total), total, parting ? pause_to_part : shortest_pause);
 }
 
 namespace {
@@ -182,18 +193,20 @@ double meeting_cost() { return meeting_cost_is_known() ? latest_cost.load() : lo
 bool should_measure_meetings() { return !meeting_cost_is_known() && !just_awake(nanoseconds()); }
 
 void measure_meetings(const Team& team) {
-  constexpr int meetings = 8;
+  // In pairs: who comes last at one sees less of it, but then more of the next.
+  constexpr int pairs = 6;
   constexpr double far = 2 * lowest_cost;
   team.sync();
   int64_t least = INT64_MAX, before = nanoseconds();
-  for (int k = 0; k < meetings; ++k) {
+  for (int k = 0; k < pairs; ++k) {
+    team.sync();
     team.sync();
     const int64_t now = nanoseconds();
     least = std::min(least, now - before);
     before = now;
   }
   if (team.rank != 0) return;
-  latest_cost = static_cast<double>(least);
+  latest_cost = static_cast<double>(least) / 2;
   // To find out that cores are still far apart costs a call that is divided in vain, and its weights packed for that.
   holds_until = before + (latest_cost > far ? 200 : 20) * ms;
 }

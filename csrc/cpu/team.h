@@ -46,9 +46,9 @@ void run_team(int threads, void (*work)(void* context, const Team& team), void* 
 
 // How many of `threads` threads have a core to themselves, as far as the last regions tell: one whose threads waited
 // for one of them 2.5 ms, and longer than it would have taken them to do its work, shows that another process keeps a
-// core busy, and that thread has only its turns there. Then there is one thread less for 50 ms, for twice as long
-// each time that all are tried again in vain, up to a second. For work whose results do not depend on the number of
-// threads.
+// core busy, and that thread has only its turns there. Then there is one thread less for 50 ms (10 ms if they have just
+// slept), for twice as long each time that all are tried again in vain, up to a second. For work whose results do not
+// depend on the number of threads.
 int undisturbed_threads(int threads);
 
 // How many it would leave out now.
@@ -60,7 +60,8 @@ int threads_left_out();
 double meeting_cost();
 bool meeting_cost_is_known();
 
-// Whether the next team should measure it: not if its threads have just slept, as they meet more slowly then.
+// Whether the next team should measure it: not if its threads have just slept, as they meet more slowly then. So it
+// stays unknown where calls are some milliseconds apart.
 bool should_measure_meetings();
 void measure_meetings(const Team& team);
 
