@@ -85,10 +85,10 @@ class ForwardPass {
     return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * cost) / saved, units_first);
   }
 
-  // Whether the gates of the units at the end share vectors. In 1 or 2 more of their own, alone, those units' gates
-  // take about as long as 100 steps of a product, of many rows 60. (Zen 4, 1 thread, ms: LSTM 100,1,24,24 0.031, merged
-  // 0.035; 100,1,100,100 0.284, 0.263; GRU 100,1,24,24 0.024, 0.029.) And no thread may have more to do: they come to
-  // the last one's share, which is none of the smaller ones.
+  // Whether the gates of the units at the end share vectors. That spares products, but computes those gates by
+  // themselves, not in step with others, which costs a row about as much as 100 steps of a product, each of many rows
+  // 60. (Zen 4, 1 thread, apart and shared, ms: LSTM 100,1,24,24 0.031, 0.035; 100,1,100,100 0.284, 0.263; GRU
+  // 100,1,24,24 0.024, 0.029.) And no thread may have more to do: the last one gets them, whose share is the largest.
   bool merging_pays() const {
     const int64_t units = a_.H % W, vectors = ceil_div(G * units, W), whole = a_.H / W, shares = plan_.shares();
     if (units == 0 || vectors == G) return false;
