@@ -187,8 +187,44 @@ class TestShortWay:
         ids=["layers", "float16", "frozen", "zoneout", "unbatched", "unbatched cell"],
     )
     def test_other_calls_do_not(self, module, x, monkeypatch):
-        monkeypatch.setattr("fusedrnn.route._TEMPLATES", {})
+        monkeypatch.setattr("fusedrnn.route._apply_express", None)
         module(x)
+
+    @pytest.mark.parametrize("kind", ["LSTM", "batch_first", "GRU", "LSTMCell", "GRUCell"])
+    def test_whatever_is_asked_of_its_gradients(self, kind):
+        first = kind == "batch_first"
+        module = build(
+            fusedrnn, "LSTM" if first else kind, I, H, dtype=torch.float64, **{"batch_first": True} if first else {}
+        )
+        step = kind in CELL_KINDS
+        x, hx = call_of(module, *(B,) if step else (T, B), requires_grad=True)
+        states = hx if isinstance(hx, tuple) else (hx,)
+        x = x.detach().transpose(0, 1).contiguous().requires_grad_() if first else x
+
+        def run(x, *states):
+            return flat(module(x, states if len(states) > 1 else states[0]))
+
+        tensors = (x, *states)
+        outputs = run(*tensors)
+        assert all(type(o.grad_fn).__name__ == "ExpressBackward" for o in outputs)
+        assert torch.autograd.gradcheck(run, tensors, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(run, tensors)
+        # Gradients that are marked, or have no memory of their own for each value.
+        for grads in (
+            [torch.ones(()).double().expand_as(o) for o in outputs],
+            [torch.randn(*o.shape, dtype=torch.complex128).conj().imag for o in outputs],
+            [torch._efficientzerotensor(o.shape, dtype=o.dtype) for o in outputs],
+        ):
+            plain = [g.clone(memory_format=torch.contiguous_format) + 0 for g in grads]
+            want = torch.autograd.grad(outputs, tensors, plain, retain_graph=True)
+            assert_equal(torch.autograd.grad(outputs, tensors, grads, retain_graph=True), want)
+
+    def test_what_torch_func_has_left_behind(self):
+        left, module, x = [], fusedrnn.LSTM(I, H), torch.randn(T, B, I)
+        torch.func.grad(lambda x: left.append(x) or x.sum())(x)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert_equal(module(left[0]), module(x))
 
 
 class TestPacked:

@@ -52,13 +52,14 @@ struct Grouping {
         place{0, 1, bias ? 2 : -1, bias ? 3 : -1, projected ? each - 1 : -1} {}
 };
 
-// What a list or a tuple holds, or a dictionary under a list of names; kept alive.
+// What a list or a tuple holds, or part of one, or a dictionary under a list of names; kept alive.
 class Items {
  public:
-  explicit Items(py::handle sequence) {
+  explicit Items(py::handle sequence, Py_ssize_t first = 0, Py_ssize_t last = PY_SSIZE_T_MAX) {
     require(PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr()), "neither a list nor a tuple");
     PyObject* const* items = PySequence_Fast_ITEMS(sequence.ptr());
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(sequence.ptr()); ++k) add(items[k]);
+    last = std::min(last, PySequence_Fast_GET_SIZE(sequence.ptr()));
+    for (Py_ssize_t k = first; k < last; ++k) add(items[k]);
   }
   Items(py::handle dictionary, py::handle names) {
     require(PyDict_Check(dictionary.ptr()), "not a dictionary");
@@ -84,17 +85,48 @@ class Items {
 // Of all calls of the process.
 std::atomic<bool> batch_invariant{false};
 
+// How a call's input and output lie: (T, B, features), (B, T, features), or (B, features) of one step, whose states
+// then lie so too. The kernels count all as (T, B, features).
 enum class Layout { time_major, batch_first, one_step };
+
+// Of states, (D, B, width) if there are steps.
+Layout layout_of_states(Layout layout) { return layout == Layout::one_step ? layout : Layout::time_major; }
+
+// As the kernels count.
+TensorView turned(TensorView v, Layout layout) {
+  if (!v || layout == Layout::time_major) return v;
+  if (layout == Layout::batch_first) {
+    require(v.dims == 3, "a tensor has the wrong number of dimensions");
+    std::swap(v.shape[0], v.shape[1]);
+    std::swap(v.stride[0], v.stride[1]);
+    return v;
+  }
+  require(v.dims == 2, "a tensor has the wrong number of dimensions");
+  for (int d = 2; d > 0; --d) v.shape[d] = v.shape[d - 1], v.stride[d] = v.stride[d - 1];
+  v.shape[0] = 1;
+  v.dims = 3;
+  v.stride[0] = v.shape[1] * v.stride[1];
+  return v;
+}
+
+// A new tensor that lies as the caller wants it, for what the kernels count as `rows`.
+NewTensor new_rows(const int64_t (&rows)[3], int bits, Layout layout) {
+  NewTensor made = layout == Layout::time_major    ? new_tensor({rows[0], rows[1], rows[2]}, bits)
+                   : layout == Layout::batch_first ? new_tensor({rows[1], rows[0], rows[2]}, bits)
+                                                   : new_tensor({rows[1], rows[2]}, bits);
+  made.view = turned(made.view, layout);
+  return made;
+}
 
 // What a call may say of its sequences: each None if it does not.
 struct Along {
-  py::handle batch_sizes;    // of a packed batch: int64, T entries
-  py::handle lengths;        // of a padded batch: int64, B entries
-  py::handle resets;         // bool (T, B), or (tokens) if packed
-  py::sequence reset_state;  // for each state (D, B, width) or None; empty: all None
-  py::handle h_mask;         // (D, B, R)
-  py::sequence zoneout;      // for each state its rate; empty: none
-  py::handle seed;           // of zoneout's lots; without one its expectation
+  py::handle batch_sizes = Py_None;        // of a packed batch: int64, T entries
+  py::handle lengths = Py_None;            // of a padded batch: int64, B entries
+  py::handle resets = Py_None;             // bool (T, B), or (tokens) if packed
+  py::sequence reset_state = py::tuple();  // for each state (D, B, width) or None; empty: all None
+  py::handle h_mask = Py_None;             // (D, B, R)
+  py::sequence zoneout = py::tuple();      // for each state its rate; empty: none
+  py::handle seed = Py_None;               // of zoneout's lots; without one its expectation
 };
 
 // The arguments that forward and backward share, checked, of any precision.
@@ -115,12 +147,10 @@ struct Arguments {
 
   Arguments(const std::string& name, py::handle input_, const Along& along, const Items& hx_, const Items& weights_,
             const Grouping& grouping = {}, Layout layout = Layout::time_major)
-      : cell(cell_index(name)), input(view(input_)) {
+      : cell(cell_index(name)), input(turned(view(input_), layout)) {
     const CellFacts& facts = cell_facts[cell];
     const bool packed = !along.batch_sizes.is_none();
-    require(input.dims == (packed || layout == Layout::one_step ? 2 : 3), "input has the wrong number of dimensions");
-    if (layout == Layout::batch_first) swap_first_two(input);
-    if (layout == Layout::one_step) add_dimension(input);
+    require(input.dims == (packed ? 2 : 3), "input has the wrong number of dimensions");
     require(input.is_float(16) || input.is_float(32) || input.is_float(64),
             "input is neither bfloat16 nor float32 nor float64");
     bits = input.bits;
@@ -159,11 +189,7 @@ struct Arguments {
     }
     require(hx_.size() == static_cast<size_t>(facts.states), "wrong number of initial states");
     for (int s = 0; s < facts.states; ++s) {
-      hx[s] = view(hx_[static_cast<size_t>(s)]);
-      if (hx[s] && layout == Layout::one_step) {
-        require(hx[s].dims == 2, "initial state has the wrong number of dimensions");
-        add_dimension(hx[s]);
-      }
+      hx[s] = turned(view(hx_[static_cast<size_t>(s)]), layout_of_states(layout));
       if (hx[s]) check_state(hx[s], "initial state", s);
     }
     if (!along.h_mask.is_none()) {
@@ -187,19 +213,6 @@ struct Arguments {
   // The sequence points into this.
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
-
-  static void swap_first_two(TensorView& v) {
-    std::swap(v.shape[0], v.shape[1]);
-    std::swap(v.stride[0], v.stride[1]);
-  }
-
-  // (B, n) as (1, B, n).
-  static void add_dimension(TensorView& v) {
-    for (int d = 2; d > 0; --d) v.shape[d] = v.shape[d - 1], v.stride[d] = v.stride[d - 1];
-    v.shape[0] = 1;
-    v.dims = 3;
-    v.stride[0] = v.shape[1] * v.stride[1];
-  }
 
   int64_t state_width(int s) const { return s == 0 ? R : H; }
 
@@ -357,6 +370,17 @@ const Functions<T>& functions(int cell) {
     return kernels().double_[cell];
 }
 
+// Other Python threads run while this lives, if the call takes long enough for that.
+class Release {
+ public:
+  explicit Release(const Arguments& a) {
+    if (a.takes_time()) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
 // Runs a layer whose output, states of every step, final states and saved values are views of memory that is ready to
 // be written.
 void run_forward(const Arguments& a, const TensorView& output, const TensorView* states, const TensorView* final,
@@ -372,8 +396,7 @@ void run_forward(const Arguments& a, const TensorView& output, const TensorView*
       args.final[s] = static_cast<T*>(final[s].data);
     }
     const auto& kernel = functions<T>(a.cell);
-    std::optional<py::gil_scoped_release> release;
-    if (a.takes_time()) release.emplace();
+    const Release release(a);
     kernel.forward(args, threads);
   });
 }
@@ -400,44 +423,125 @@ py::list forward(const std::string& cell, py::handle input, py::handle batch_siz
   return result;
 }
 
-// The usual call without gradients, straight from a module: None where anything is out of the ordinary. Weights come as
-// they are, or as the names of some of a module's parameters.
+// Whether autograd has to know what becomes of a tensor.
+bool requires_grad(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  if (tensor.is_none()) return false;
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+// The usual call, straight from a module. None where anything is out of the ordinary. Weights come as they are, or as
+// the names of some of a module's parameters. With `grad`, if any tensor requires a gradient, what autograd has to be
+// told: a list of the outputs with what backward needs, and of the tensors in the order of Call.tensors.
 py::object express(const std::string& cell, py::handle input, py::handle states_given, py::handle weights_given,
-                   py::handle names, bool bias, bool projected, Layout layout, py::handle lengths, int threads) {
+                   py::handle names, bool bias, bool projected, Layout layout, py::handle lengths, bool grad,
+                   int threads) {
   try {
     const Items hx(states_given), weights = names.is_none() ? Items(weights_given) : Items(weights_given, names);
     bool plain = is_plain(input) && is_plain(lengths);
     for (const py::handle state : hx) plain = plain && is_plain(state) && state.is_none() == hx[0].is_none();
     for (const py::handle weight : weights) plain = plain && is_plain(weight);
     if (!plain) return py::none();
-    const Along along{py::none(), lengths, py::none(), py::tuple(), py::none(), py::tuple(), py::none()};
-    const Arguments a(cell, input, along, hx, weights, Grouping(bias, projected), layout);
-    const bool one_step = layout == Layout::one_step;
-    const int states = cell_facts[a.cell].states;
-    TensorView output, every[max_states], final[max_states];
-    py::object of_steps, of_states = py::tuple(static_cast<size_t>(states));
-    if (!one_step) {
-      const bool batch_first = layout == Layout::batch_first;
-      const int64_t T = a.seq.T, B = a.seq.B, width = a.directions * a.R;
-      NewTensor made = new_tensor({batch_first ? B : T, batch_first ? T : B, width}, a.bits);
-      output = made.view;
-      if (batch_first) Arguments::swap_first_two(output);
-      of_steps = std::move(made.object);
+    const bool save = grad && (requires_grad(input) || std::any_of(weights.begin(), weights.end(), requires_grad) ||
+                               std::any_of(hx.begin(), hx.end(), requires_grad));
+    if (save && !lengths.is_none()) return py::none();
+    Along along;
+    along.lengths = lengths;
+    const Grouping grouping(bias, projected);
+    const Arguments a(cell, input, along, hx, weights, grouping, layout);
+    const auto states = static_cast<size_t>(cell_facts[a.cell].states);
+    const Layout of_states = layout_of_states(layout);
+    NewTensor output, final[max_states], saved;
+    if (layout != Layout::one_step) output = new_rows({a.seq.T, a.seq.B, a.directions * a.R}, a.bits, layout);
+    TensorView every[max_states], final_views[max_states];
+    for (size_t s = 0; s < states; ++s) {
+      final[s] = new_rows({a.directions, a.seq.B, a.state_width(static_cast<int>(s))}, a.bits, of_states);
+      final_views[s] = final[s].view;
     }
-    for (int s = 0; s < states; ++s) {
-      const int64_t D = a.directions, B = a.seq.B, width = a.state_width(s);
-      NewTensor made = one_step ? new_tensor({B, width}, a.bits) : new_tensor({D, B, width}, a.bits);
-      final[s] = made.view;
-      if (states == 1 && !one_step)
-        of_states = std::move(made.object);
-      else
-        PyTuple_SET_ITEM(of_states.ptr(), s, made.object.release().ptr());
+    if (save) saved = new_tensor({a.saved_count()}, a.bits);
+    run_forward(a, output.view, every, final_views, saved.view, threads);
+    const auto pack = [&](size_t first) {
+      py::tuple all(first + states);
+      if (first > 0) all[0] = std::move(output.object);
+      for (size_t s = 0; s < states; ++s) PyTuple_SET_ITEM(all.ptr(), first + s, final[s].object.release().ptr());
+      return all;
+    };
+    if (!save) {
+      if (layout == Layout::one_step) return pack(0);
+      if (states == 1) return py::make_tuple(std::move(output.object), std::move(final[0].object));
+      py::object steps = std::move(output.object);
+      return py::make_tuple(std::move(steps), pack(0));
     }
-    run_forward(a, output, every, final, {}, threads);
-    return one_step ? of_states : py::make_tuple(std::move(of_steps), std::move(of_states));
+    py::tuple tensors(1 + states + 5 * static_cast<size_t>(a.directions));
+    size_t next = 0;
+    tensors[next++] = input;
+    for (const py::handle state : hx) tensors[next++] = state;
+    for (int d = 0; d < a.directions; ++d)
+      for (const int place : grouping.place)
+        tensors[next++] = place < 0 ? py::handle(Py_None) : weights[static_cast<size_t>(grouping.each * d + place)];
+    py::list result;
+    result.append(py::make_tuple(pack(layout == Layout::one_step ? 0 : 1), std::move(saved.object)));
+    result.append(std::move(tensors));
+    return result;
   } catch (const std::invalid_argument&) {
     return py::none();
   }
+}
+
+// Gradients of the results, as the kernels count dimensions; empty ones are zeros.
+struct Incoming {
+  TensorView output, every[max_states], final[max_states];
+};
+
+// Gradients of input, states, weights and reset states, None where not needed, of a call laid out in some way.
+py::tuple run_backward(const Arguments& a, const TensorView& saved, const Incoming& given, const py::sequence& needs,
+                       bool of_reset_state, Layout layout, int threads) {
+  const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = 5 * static_cast<size_t>(a.directions);
+  require(needs.size() == 1 + states + count + (of_reset_state ? states : 0), "wrong number of needs");
+  a.check(saved, "saved", {a.saved_count()});
+  if (given.output) a.check_tokens(given.output, "the gradient of the output", a.directions * a.R);
+  py::tuple result(needs.size());
+  // The gradient of the k-th tensor, shaped as it, if it exists and its gradient is needed.
+  const auto gradient = [&](size_t k, const TensorView& like, Layout laid_out) {
+    NewTensor made{py::none(), {}};
+    if (like && needs[k].cast<bool>())
+      made = like.dims == 1   ? new_tensor({like.shape[0]}, a.bits)
+             : like.dims == 2 ? new_tensor({like.shape[0], like.shape[1]}, a.bits)
+                              : new_rows({like.shape[0], like.shape[1], like.shape[2]}, a.bits, laid_out);
+    result[k] = std::move(made.object);
+    return made.view;
+  };
+  const TensorView d_input = gradient(0, a.input, layout);
+  TensorView d_hx[max_states], d_reset[max_states], d_weights[max_directions][5];
+  for (size_t s = 0; s < states; ++s) {
+    if (given.every[s]) a.check_tokens(given.every[s], "the gradient of a state at every step", a.directions * a.H);
+    if (given.final[s]) a.check_state(given.final[s], "the gradient of a final state", static_cast<int>(s));
+    d_hx[s] = gradient(1 + s, a.hx[s], layout_of_states(layout));
+    if (of_reset_state) d_reset[s] = gradient(1 + states + count + s, a.reset_state[s], Layout::time_major);
+  }
+  for (size_t w = 0; w < count; ++w)
+    d_weights[w / 5][w % 5] = gradient(1 + states + w, a.weights[w / 5][w % 5], Layout::time_major);
+  with_type(a.bits, [&](auto zero) {
+    using T = decltype(zero);
+    Backward<T> args{};
+    a.fill(args);
+    args.saved = static_cast<const T*>(saved.data);
+    args.d_output = a.tokens<const T>(given.output);
+    args.d_input = a.tokens<T>(d_input);
+    for (size_t s = 0; s < states; ++s) {
+      args.d_states[s] = a.tokens<const T>(given.every[s]);
+      args.d_final[s] = static_cast<const T*>(given.final[s].data);
+      args.d_hx[s] = static_cast<T*>(d_hx[s].data);
+      args.d_reset_state[s] = static_cast<T*>(d_reset[s].data);
+    }
+    for (int d = 0; d < a.directions; ++d) args.d_weights[d] = Arguments::as_weights<T>(d_weights[d]);
+    const auto& kernel = functions<T>(a.cell);
+    const Release release(a);
+    kernel.backward(args, threads);
+  });
+  return result;
 }
 
 py::tuple backward(const std::string& cell, py::handle input, py::handle batch_sizes, py::handle lengths,
@@ -449,55 +553,40 @@ py::tuple backward(const std::string& cell, py::handle input, py::handle batch_s
   Arguments a(cell, input, {batch_sizes, lengths, resets, reset_state, h_mask, zoneout, seed}, of_hx, of_weights);
   a.recompute = recompute;
   require(recompute || !a.zoneout.on(), "backward through zoneout recomputes");
-  const auto states = static_cast<size_t>(cell_facts[a.cell].states), count = weights.size();
+  const auto states = static_cast<size_t>(cell_facts[a.cell].states);
   const bool every_state = grads.size() > 1 + states;
   const size_t first_final = every_state ? states : 1;
   require(grads.size() == first_final + states, "wrong number of gradients");
-  require(needs.size() == 1 + states + count + reset_state.size(), "wrong number of needs");
-  const TensorView saved_view = view(saved), d_output = view(grads[0]);
-  a.check(saved_view, "saved", {a.saved_count()});
-  if (d_output) a.check_tokens(d_output, "the gradient of the output", a.directions * a.R);
-  py::tuple result(needs.size());
-  // The gradient of the k-th tensor, shaped as it, if it exists and its gradient is needed.
-  const auto gradient = [&](size_t k, const TensorView& like) {
-    NewTensor made{py::none(), {}};
-    if (like && needs[k].cast<bool>())
-      made = like.dims == 1   ? new_tensor({like.shape[0]}, a.bits)
-             : like.dims == 2 ? new_tensor({like.shape[0], like.shape[1]}, a.bits)
-                              : new_tensor({like.shape[0], like.shape[1], like.shape[2]}, a.bits);
-    result[k] = std::move(made.object);
-    return made.view;
-  };
-  const TensorView d_input = gradient(0, a.input);
-  TensorView every[max_states], given[max_states], d_hx[max_states], d_reset[max_states], d_weights[max_directions][5];
+  Incoming given;
+  given.output = view(grads[0]);
   for (size_t s = 0; s < states; ++s) {
-    if (s > 0 && every_state) every[s] = view(grads[s]);
-    if (every[s]) a.check_tokens(every[s], "the gradient of a state at every step", a.directions * a.H);
-    given[s] = view(grads[first_final + s]);
-    if (given[s]) a.check_state(given[s], "the gradient of a final state", static_cast<int>(s));
-    d_hx[s] = gradient(1 + s, a.hx[s]);
-    if (reset_state.size() > 0) d_reset[s] = gradient(1 + states + count + s, a.reset_state[s]);
+    if (s > 0 && every_state) given.every[s] = view(grads[s]);
+    given.final[s] = view(grads[first_final + s]);
   }
-  for (size_t w = 0; w < count; ++w) d_weights[w / 5][w % 5] = gradient(1 + states + w, a.weights[w / 5][w % 5]);
-  with_type(a.bits, [&](auto zero) {
-    using T = decltype(zero);
-    Backward<T> args{};
-    a.fill(args);
-    args.saved = static_cast<const T*>(saved_view.data);
-    args.d_output = a.tokens<const T>(d_output);
-    args.d_input = a.tokens<T>(d_input);
-    for (size_t s = 0; s < states; ++s) {
-      args.d_states[s] = a.tokens<const T>(every[s]);
-      args.d_final[s] = static_cast<const T*>(given[s].data);
-      args.d_hx[s] = static_cast<T*>(d_hx[s].data);
-      args.d_reset_state[s] = static_cast<T*>(d_reset[s].data);
-    }
-    for (int d = 0; d < a.directions; ++d) args.d_weights[d] = Arguments::as_weights<T>(d_weights[d]);
-    const auto& kernel = functions<T>(a.cell);
-    const py::gil_scoped_release release;
-    kernel.backward(args, threads);
-  });
-  return result;
+  return run_backward(a, view(saved), given, needs, reset_state.size() > 0, Layout::time_major, threads);
+}
+
+// Backward of a call that `express` has run: its tensors, the outputs' gradients. None where anything is out of the
+// ordinary.
+py::object express_backward(const std::string& cell, py::handle tensors, Layout layout, py::handle saved,
+                            py::handle grads_given, const py::sequence& needs, int threads) {
+  try {
+    const auto states = static_cast<Py_ssize_t>(cell_facts[cell_index(cell)].states);
+    const Items hx(tensors, 1, 1 + states), weights(tensors, 1 + states), grads(grads_given);
+    const Items input(tensors, 0, 1);
+    bool plain = is_plain(saved);
+    for (const Items* of : {&input, &hx, &weights, &grads})
+      for (const py::handle tensor : *of) plain = plain && is_plain(tensor);
+    if (!plain) return py::none();
+    const Arguments a(cell, input[0], Along{}, hx, weights, {}, layout);
+    Incoming given;
+    size_t next = 0;
+    if (layout != Layout::one_step) given.output = turned(view(grads[next++]), layout);
+    for (size_t s = 0; s < hx.size(); ++s) given.final[s] = turned(view(grads[next++]), layout_of_states(layout));
+    return run_backward(a, view(saved), given, needs, false, layout, threads);
+  } catch (const std::invalid_argument&) {
+    return py::none();
+  }
 }
 
 // Values that forward saves for each token and direction, for those who must know before there are tensors to look at.
@@ -580,7 +669,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   using namespace fusedrnn;
   m.doc() = "Compiled CPU kernels. See csrc/cpu/layer.h for the contract and fusedrnn/engines/cpu.py for the use.";
-  py::enum_<Layout>(m, "Layout", "How the input of `express` lies: (T, B, I), (B, T, I), or (B, I) of one step.")
+  py::enum_<Layout>(m, "Layout", "How a call of `express` lies: (T, B, I), (B, T, I), or (B, I) of one step.")
       .value("time_major", Layout::time_major)
       .value("batch_first", Layout::batch_first)
       .value("one_step", Layout::one_step);
@@ -591,11 +680,16 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("save"), py::arg("threads"),
       "Runs a layer: [output or None, with every_state the states but h at every step, *final states, saved or None]. "
       "ValueError if the call breaks the contract.");
-  m.def(
-      "express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("names"),
-      py::arg("bias"), py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("threads"),
-      "Runs a layer without gradients: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or "
-      "(h, c); None if anything about the call is out of the ordinary.");
+  m.def("express", &express, py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("names"),
+        py::arg("bias"), py::arg("projected"), py::arg("layout"), py::arg("lengths"), py::arg("grad"),
+        py::arg("threads"),
+        "Runs a layer: (output, h) or (output, (h, c)) as a module returns it, or of one step (h,) or (h, c); None if "
+        "anything about the call is out of the ordinary. With grad, if any tensor requires a gradient, "
+        "[((output, h[, c]), saved), (input, *hx, *weights in fives)].");
+  m.def("express_backward", &express_backward, py::arg("cell"), py::arg("tensors"), py::arg("layout"), py::arg("saved"),
+        py::arg("grads"), py::arg("needs"), py::arg("threads"),
+        "Gradients of a call of express: of its tensors, None where not needed; None if anything is out of the "
+        "ordinary.");
   m.def("backward", &backward, py::arg("cell"), py::arg("input"), py::arg("batch_sizes"), py::arg("lengths"),
         py::arg("resets"), py::arg("hx"), py::arg("reset_state"), py::arg("weights"), py::arg("h_mask"),
         py::arg("zoneout"), py::arg("seed"), py::arg("recompute"), py::arg("saved"), py::arg("grads"), py::arg("needs"),

@@ -37,8 +37,18 @@ def express(
     projected: bool,
     layout: Layout,
     lengths: Tensor | None,
+    grad: bool,
     threads: int,
 ) -> Any: ...
+def express_backward(
+    cell: str,
+    tensors: Sequence[Tensor | None],
+    layout: Layout,
+    saved: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    threads: int,
+) -> tuple[Tensor | None, ...] | None: ...
 def backward(
     cell: str,
     input: Tensor,

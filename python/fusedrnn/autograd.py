@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engines import ENGINES
-from .engines.base import ALONG, Call, Engine, Outputs, Saved
-from .torch_state import in_forward_mode, legacy_batched, unusual_mode
+from .cells import Cell
+from .engines import ENGINES, cpu
+from .engines.base import ALONG, NO_TENSOR, Call, Engine, Outputs, Saved
+from .torch_state import in_forward_mode, in_memory, legacy_batched, unusual_mode
 
 
 def forward(engine: Engine, call: Call, save: bool) -> tuple[Outputs, Saved]:
@@ -53,20 +54,86 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count + ALONG :]
-        needs = ctx.needs_input_grad[2:]
-        unusual = unusual_mode() is not None
-        if legacy_batched(grads) or (unusual and in_forward_mode()):
-            result = gradient(ENGINES["reference"], ctx.template.with_tensors(tensors), grads, needs)
-        elif unusual:
-            from . import ops
+        return None, None, *_gradients(ctx.engine, ctx.template, tensors, saved, grads, ctx.needs_input_grad[2:])
 
-            result = ops.layer_backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
-        elif torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
-            apply = _LayerBackward.apply
-            result = apply(ctx.engine, ctx.template, saved, needs, *grads, *tensors)  # type: ignore[no-untyped-call]
-        else:
-            result = backward(ctx.engine, ctx.template.with_tensors(tensors), saved, grads, needs)
-        return None, None, *result
+
+def _gradients(
+    engine: Engine,
+    template: Call,
+    tensors: Sequence[Tensor | None],
+    saved: Saved,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Backward of one layer, whatever torch is doing around it."""
+    unusual = unusual_mode() is not None
+    if legacy_batched(grads) or (unusual and in_forward_mode()):
+        return gradient(ENGINES["reference"], template.with_tensors(tensors), grads, needs)
+    if unusual:
+        from . import ops
+
+        return ops.layer_backward(engine, template.with_tensors(tensors), saved, grads, needs)
+    if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated themselves
+        apply = _LayerBackward.apply
+        return apply(engine, template, saved, needs, *grads, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+    return backward(engine, template.with_tensors(tensors), saved, grads, needs)
+
+
+class Express(torch.autograd.Function):
+    """One layer that the compiled engine has run already, see :func:`fusedrnn.route.express`."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: Cell, layout: str, outputs: Outputs, saved: Tensor, *tensors: Tensor | None) -> Outputs:
+        ctx.cell, ctx.layout = cell, layout
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, saved)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        cell, layout, needs = ctx.cell, ctx.layout, ctx.needs_input_grad[4:]
+        result: Sequence[Tensor | None] | None = None
+        if unusual_mode() is None and not torch.is_grad_enabled():
+            assert cpu.express_backward is not None
+            whole, threads = list(map(in_memory, grads)), torch.get_num_threads()
+            result = cpu.express_backward(cell.name, tensors, cpu.LAYOUTS[layout], saved, whole, needs, threads)
+        if result is None:
+            result = _long_way_back(cell, layout, tensors, saved, grads, needs)
+        return None, None, None, None, *result
+
+
+def _long_way_back(
+    cell: Cell,
+    layout: str,
+    tensors: Sequence[Tensor | None],
+    saved: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Backward of ``Express``, laid out as it, through a ``Call``, which is always (T, B, I)."""
+    states = len(cell.states)
+    template = Call(cell, NO_TENSOR, (), (), sequence=layout != "one_step")
+
+    def swapped(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.transpose(0, 1)
+
+    def stepped(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unsqueeze(0)
+
+    with torch.enable_grad():  # there may be derivatives with respect to these
+        if layout == "batch_first":
+            tensors = swapped(tensors[0]), *tensors[1:]
+            grads = swapped(grads[0]), *grads[1:]
+        elif layout == "one_step":
+            tensors = *map(stepped, tensors[: 1 + states]), *tensors[1 + states :]
+            grads = None, *map(stepped, grads)
+    result = _gradients(ENGINES["cpu"], template, tensors, (saved,), grads, needs)
+    if layout == "batch_first":
+        result = swapped(result[0]), *result[1:]
+    elif layout == "one_step":
+        result = *(None if g is None else g.squeeze(0) for g in result[: 1 + states]), *result[1 + states :]
+    return result
 
 
 def gradient(

@@ -9,7 +9,7 @@ the gates are torch's: 1 for an RNN, 4 (i, f, g, o) for an LSTM, 3 (r, z, n) for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from . import along as along_time
 from .along import PLAIN, Along, States
 from .cells import CELLS, Cell
 from .dropouts import NO_DROPOUTS, Dropouts
-from .engines import cpu, is_everyday
 from .engines.base import WEIGHTS_PER_DIRECTION, Call, Outputs
-from .route import run, run_everyday_training
+from .route import express, run
 from .saving import check_save, recomputes
 from .torch_state import autocast_dtype
 
@@ -121,76 +120,6 @@ def network(
                 states = states and States(tuple(h.to(low) for h in states.h), states.c)
             return output, last, states
     return _layers(cell, input, hx, groups, num_layers, directions, between, batch_sizes, along, options)
-
-
-# What every call asks, bound once.
-_is_grad_enabled = torch.is_grad_enabled
-_get_num_threads = torch.get_num_threads
-
-_NO_PROJECTION = (None,) * WEIGHTS_PER_DIRECTION
-
-
-def express(
-    cell: Cell,
-    input: Tensor,
-    hx: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None] | Mapping[str, Tensor | None],
-    names: list[str] | None,
-    layout: str,
-    bias: bool = True,
-    projected: bool = False,
-    lengths: Tensor | None = None,
-) -> Any:
-    """A one-layer call without gradients, modes or special wishes, straight into the compiled engine.
-
-    It spares a one-step call two thirds of its overhead.
-
-    Args:
-        cell: the cell.
-        input: (T, B, I), (B, T, I) or (B, I), as ``layout`` says.
-        hx: for each state (D, B, width), of one step (B, width), or None.
-        weights: of each direction weight_ih, weight_hh, with ``bias`` bias_ih, bias_hh, if ``projected`` weight_hr; or
-            the parameters of a module, by name.
-        names: of the parameters that are those weights; None for weights in a row.
-        layout: ``"time_major"``, ``"batch_first"`` or ``"one_step"``.
-        bias, projected: which weights there are.
-        lengths: (B,), steps of each row, or None.
-
-    Returns:
-        (output, h) or (output, (h, c)); of one step (h,) or (h, c). None if the call is anything but usual, perhaps
-        wrong, and must go the long way.
-    """
-    if _is_grad_enabled() or not is_everyday():
-        return None
-    assert cpu.express is not None
-    return cpu.express(
-        cell.name, input, hx, weights, names, bias, projected, cpu.LAYOUTS[layout], lengths, _get_num_threads()
-    )
-
-
-def express_training(
-    cell: Cell,
-    input: Tensor,
-    hx: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
-    bias: bool = True,
-    projected: bool = False,
-    batch_first: bool = False,
-) -> Any:
-    """As :func:`express`, a one-layer call of which gradients are wanted, whose shapes have been looked at.
-
-    Returns:
-        (output, h) or (output, (h, c)); None if the call must go the long way.
-    """
-    if not (_is_grad_enabled() and is_everyday()):
-        return None
-    if batch_first:
-        input = input.transpose(0, 1)
-    result = run_everyday_training(cell, input, *hx, *_in_groups_of_five(weights, bias, projected))
-    if result is None:
-        return None
-    output, *last = result
-    return output.transpose(0, 1) if batch_first else output, last[0] if len(last) == 1 else tuple(last)  # type: ignore[union-attr]
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -395,20 +324,13 @@ def cell_step(
         TypeError: resets is not a tensor.
         RuntimeError: wrong shapes, dtypes or devices.
     """
-    bare = resets is None and reset_state is None and not zoneout
-    if bare:
+    if resets is None and reset_state is None and not zoneout:
         quick: tuple[Tensor, ...] | None = express(
             cell, input, hx, weights, None, "one_step", projected=len(weights) == WEIGHTS_PER_DIRECTION
         )
         if quick is not None:
             return quick
     check_states(cell, hx)
-    short = bare and _is_grad_enabled() and is_everyday() and input is not None
-    if short and all(t is None or (type(t) is Tensor and t.dim() == 2) for t in (input, *hx)):
-        rows = [t if t is None else t.unsqueeze(0) for t in (input, *hx)]
-        new = run_everyday_training(cell, *rows, *weights, *_NO_PROJECTION[len(weights) :], sequence=False)
-        if new is not None:
-            return tuple(state.squeeze(0) for state in new[1:])  # type: ignore[union-attr]
     dims = input.dim()
     for name, tensor in (("input", input), *zip(cell.states, hx, strict=True)):
         if tensor is not None and tensor.dim() not in (1, 2):

@@ -20,6 +20,7 @@ from . import dynamo, functional
 from .along import States
 from .cells import CELLS, MODES, Cell
 from .dropouts import NO_DROPOUTS, Dropouts
+from .route import express
 from .saving import check_save
 from .torch_state import NO_OPERATORS_THERE
 
@@ -162,19 +163,13 @@ class _Recurrent(_Fused, torch.nn.RNNBase):
             options["dropouts"] = self.dropouts
         if "save" in own and torch.is_grad_enabled():
             options["save"] = self.save
-        one_layer, projected = self.num_layers == 1 and not options, self.proj_size > 0
-        if one_layer:
+        if self.num_layers == 1 and not options:
             # Weights that are no parameters, but computed from some, go the long way.
-            layout = "batch_first" if self.batch_first else "time_major"
-            parameters: dict[str, Tensor | None] = own["_parameters"]
-            quick = functional.express(cell, input, states, parameters, names, layout, self.bias, projected, lengths)
+            layout, projected = "batch_first" if self.batch_first else "time_major", self.proj_size > 0
+            quick = express(cell, input, states, own["_parameters"], names, layout, self.bias, projected, lengths)
             if quick is not None:
                 return quick
         weights = _current(self, names)
-        if one_layer and lengths is None and _looks_right(self, cell, input, hx, weights):
-            quick = functional.express_training(cell, input, states, weights, self.bias, projected, self.batch_first)
-            if quick is not None:
-                return quick
         if lengths is not None:
             options["lengths"] = lengths
         if isinstance(input, PackedSequence):

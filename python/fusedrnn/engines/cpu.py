@@ -22,10 +22,6 @@ class CpuEngine:
     def available(self) -> str | None:
         return _missing or None
 
-    def runs_directly(self, input: Tensor) -> bool:
-        """Whether kernels read such an input as it is, dtype and memory."""
-        return input.is_cpu and _COMPUTES_IN.get(input.dtype) == input.dtype and input.layout == torch.strided
-
     def supports(self, call: Call) -> str | None:
         if not call.input.is_cpu:
             return f"input is on {call.input.device}"
@@ -148,9 +144,10 @@ def _contiguous(call: Call) -> Call:
     return call.with_tensors(list(map(in_memory, call.tensors()))).with_along(list(map(in_memory, call.along())))
 
 
-#: The usual one-layer call in a single step, see ``functional.express``; None without the compiled module.
+#: The usual one-layer call in a single step, and its backward, see ``route.express``; None without the compiled module.
 express = None if _cpu is None else _cpu.express
-#: How the input of ``express`` lies, by name.
+express_backward = None if _cpu is None else _cpu.express_backward
+#: How a call of ``express`` lies, by name.
 LAYOUTS = (
     {} if _cpu is None else {name: getattr(_cpu.Layout, name) for name in ("time_major", "batch_first", "one_step")}
 )
