@@ -97,8 +97,10 @@ class BackwardPass {
       w_hr_ = divided_panels(arena, a_.R, a_.H);
       d_h_ = arena.take<T>(plan_.chunk * B * a_.R);
     }
-    for (int s = 0; s < states; ++s) carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_));
-    d_slots_ = arena.take<T>(plan_.chunk * B * slots_stride());
+    gaps_ = arena.take<int64_t>(B);
+    for (int s = 0; s < states; ++s)
+      carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_) + threads * gap<T>);
+    d_slots_ = arena.take<T>(plan_.chunk * (B * slots_stride() + threads * gap<T>));
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
     sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
@@ -246,7 +248,8 @@ class BackwardPass {
       }
     }
     if (again()) pack_again(w, team);
-    const Range rows = part(a_.seq.B, team.rank, team.size);
+    const Range rows = plan_.by_rows ? rows_part(a_.seq, team.rank, team.size) : part(a_.seq.B, team.rank, team.size);
+    for (int64_t b = rows.first; b < rows.last; ++b) gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
     for (int s = 0; s < states; ++s) {
       const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
       for (int64_t b = rows.first; b < rows.last; ++b) {
@@ -254,7 +257,7 @@ class BackwardPass {
         const bool empty = b >= a_.seq.size(0);
         for (int64_t j = 0; j < padded; ++j) {
           const Sum value = a_.d_final[s] && j < width ? a_.d_final[s][at + j] : T(0);
-          carry_[s][b * padded + j] = value;
+          carry_at(s, b)[j] = value;
           if (empty && j < width && a_.d_hx[s]) a_.d_hx[s][at + j] = value;
           if (j < width && d_reset_[s]) d_reset_[s][at + j] = 0;
         }
@@ -352,7 +355,8 @@ class BackwardPass {
 
   // Rows of the chunk's rings of steps.
   int64_t kept_width() const { return (Cell::kept + states) * a_.H; }
-  int64_t ring(int64_t i, int64_t b) const { return (a_.seq.T - 1 - i) % plan_.chunk * a_.seq.B + b; }
+  int64_t turn(int64_t i) const { return (a_.seq.T - 1 - i) % plan_.chunk; }
+  int64_t ring(int64_t i, int64_t b) const { return turn(i) * a_.seq.B + b; }
   T* kept_at(int64_t i, int64_t b) const { return kept_ + ring(i, b) * kept_width(); }
   T* masked_at(int64_t i, int64_t b) const { return masked_ + ring(i, b) * a_.R; }
 
@@ -370,8 +374,12 @@ class BackwardPass {
   }
   const T* h_before(int d, int64_t i, int64_t b) const { return a_.h_mask ? masked_at(i, b) : unmasked(d, i, b); }
 
+  Sum* carry_at(int s, int64_t b) const { return carry_[s] + b * (s == 0 ? output_width_ : state_width_) + gaps_[b]; }
+
   // The step after i is still in these rings when step i needs it.
-  T* d_slots_at(int64_t i, int64_t b) const { return d_slots_ + ring(i, b) * slots_stride(); }
+  T* d_slots_at(int64_t i, int64_t b) const {
+    return d_slots_ + turn(i) * (a_.seq.B * slots_stride() + plan_.threads * gap<T>)+b * slots_stride() + gaps_[b];
+  }
   T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ring(i, b) * a_.R; }
 
   // Order i of the rows and units of one thread; order -1 leaves the gradients of the initial states.
@@ -382,7 +390,7 @@ class BackwardPass {
     if (a_.seq.resets)
       for (int64_t b = first; b < after; ++b)
         for (int s = 1; s < states && a_.seq.cut(d, i + 1, b); ++s)
-          leave_segment(d, s, b, mine, carry_[s] + b * state_width_ + mine.first);
+          leave_segment(d, s, b, mine, carry_at(s, b) + mine.first);
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t k = o.outputs.first; k < o.outputs.last; ++k) {
       const int64_t p = in_turn(o.outputs, k, i);
@@ -407,8 +415,7 @@ class BackwardPass {
     for (int s = 1; s < states; ++s)
       if (a_.d_hx[s])
         for (int64_t b = larger(first, now); b < after; ++b)
-          for (int64_t j = mine.first; j < mine.last; ++j)
-            a_.d_hx[s][a_.state_at(d, s, b) + j] = carry_[s][b * state_width_ + j];
+          for (int64_t j = mine.first; j < mine.last; ++j) a_.d_hx[s][a_.state_at(d, s, b) + j] = carry_at(s, b)[j];
     if (a_.projected) {
       if (!plan_.by_rows) team.sync();
       for (int64_t p = o.units.first; p < o.units.last; ++p)
@@ -459,7 +466,7 @@ class BackwardPass {
     for (int64_t k = 0; k < n; ++k)
       if (a_.seq.cut(d, i, row + k)) {
         leave_segment(d, 0, row + k, {first, w_hh_.last(p)}, o.sums + k * ldo);
-        leave_segment(d, 0, row + k, {first, w_hh_.last(p)}, carry_[0] + (row + k) * output_width_ + first);
+        leave_segment(d, 0, row + k, {first, w_hh_.last(p)}, carry_at(0, row + k) + first);
       }
   }
 
@@ -479,7 +486,7 @@ class BackwardPass {
     for (int64_t k = 0; k < n; ++k) {
       const int64_t b = row + k;
       const T* given = a_.d_output.data ? a_.d_output.at(a_.seq, time(d, i), b) + d * a_.R + first : nullptr;
-      Sum* carry = carry_[0] + b * output_width_ + first;
+      Sum* carry = carry_at(0, b) + first;
       for (int64_t j = 0; j < columns; j += W) {
         V sum = S::load(o.sums + k * ldo + j) + S::load(carry + j);
         if (given) sum += S::load(given + j, (int)smaller(W, columns - j));
@@ -519,7 +526,7 @@ class BackwardPass {
         }
         d_next[0] = M::load(o.sums + k * ldo + j - first);
         for (int s = 1; s < states; ++s) {
-          d_next[s] = M::load(carry_[s] + b * state_width_ + j);
+          d_next[s] = M::load(carry_at(s, b) + j);
           if (given[s]) d_next[s] = d_next[s] + M::load(given[s] + j, lanes);
         }
         typename M::V d_past[states];  // what goes past the cell
@@ -533,8 +540,8 @@ class BackwardPass {
         }
         Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
         for (int s = 0; s < states; ++s) d_prev[s] = d_prev[s] + d_past[s];
-        if (!a_.projected) M::store(carry_[0] + b * output_width_ + j, d_prev[0]);
-        for (int s = 1; s < states; ++s) M::store(carry_[s] + b * state_width_ + j, d_prev[s]);
+        if (!a_.projected) M::store(carry_at(0, b) + j, d_prev[0]);
+        for (int s = 1; s < states; ++s) M::store(carry_at(s, b) + j, d_prev[s]);
         for (int s = 0; s < slots; ++s) M::store(d_slots + s * H + j, d_slot[s], lanes);
       });
     }
@@ -545,7 +552,7 @@ class BackwardPass {
     const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) {
       T* to = a_.d_hx[0] + a_.state_at(d, 0, row + k) + first;
-      const Sum* carry = carry_[0] + (row + k) * output_width_ + first;
+      const Sum* carry = carry_at(0, row + k) + first;
       for (int64_t j = 0; j < columns; ++j) to[j] = o.sums[k * ldo + j] + carry[j];
     }
   }
@@ -714,6 +721,7 @@ class BackwardPass {
   const bool fetches_;         // a step fetches weights before it needs them
   const bool fetches_values_;  // and what forward has kept
   Panels<T> w_ih_, w_hh_, w_hr_;
+  int64_t* gaps_;       // see gap
   Sum* carry_[states];  // gradients that reach the states from the step after, except through the products
   T *d_slots_, *d_h_;   // rings of a chunk's steps: gradients of the slots, and of a projected h
   T *zeros_, *panels_, *blocks_;

@@ -12,12 +12,14 @@ class ForwardPass {
 
  public:
   // Whether a step computes the products of its inputs itself. That spares writing and reading them, but reads W_ih at
-  // every step (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms; inference 35,20,650,650: 27.9
-  // against 27.2). It decides how they are rounded, so it must not depend on how the work is divided in the end.
+  // every step. (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms. Zen 4, inference, apart and
+  // within, 1 thread: 35,20,650,650 47.4, 45.4; 20,32,1024,1024 104.9, 101.6; 100,4,512,512 16.6, 16.2; 20,8,1024,1024
+  // 28.2, 28.8; 20,4,1024,1024 15.3, 18.9; 2 threads: 100,4,512,512 8.6, 8.3; 16,32,2048,2048 174.8, 183.3.) It decides
+  // how they are rounded, so it must not depend on how the work is divided in the end.
   static bool input_products_within(const Forward<T>& a, int threads) {
     const int64_t rows = rows_enough(a.seq.B, threads) ? ceil_div(a.seq.B, threads) : a.seq.B;
     const int64_t bytes = G * a.H * a.I * (int64_t)sizeof(T);
-    return !a.batch_invariant && rows >= 4 && bytes <= rows << 18 && bytes <= int64_t{1} << 23;
+    return !a.batch_invariant && rows >= 4 && bytes < rows << 21 && bytes <= int64_t{1} << 24;
   }
 
   ForwardPass(const Forward<T>& args, int threads, bool within)
@@ -33,6 +35,7 @@ class ForwardPass {
     const bool may_keep = !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)kept_limit();
     // Packing a weight costs about as much as eight uses of it unpacked; to look whether what is kept is still right,
     // as much as two.
+    if (plan_.by_rows && weights / a_.directions <= most_copied) copies_ = plan_.threads;
     packs_ = a_.seq.tokens() > (may_keep ? 2 : 8) || within_ || a_.batch_invariant;
     if (packs_ && merging_pays()) merged_ = a_.H % W;
     keeps_ = packs_ && may_keep;
@@ -54,7 +57,7 @@ class ForwardPass {
     const Weights<const T>& w = a_.weights[0];
     KeptWeights kept(
         {w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, input_vectors(), panel_vectors<T>(plan_, a_.H),
-         plan_.shares(), FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
+         plan_.shares(), copies_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
         size.used);
     Arena weights{kept.data()};
     lay_out_weights(weights);
@@ -120,11 +123,14 @@ class ForwardPass {
       w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
     }
     if (a_.projected) w_hr_ = panels(a_.H, a_.R, recurrent_vectors, 1, plan_.shares());
-    if (!keeps_) return;
-    const size_t each = arena.used - begin;
-    between_directions_ = (int64_t)(each / sizeof(T));
-    arena.used += (a_.directions - 1) * each;
-    fingerprints_ = arena.take<uint64_t>(a_.directions * fingerprints());
+    const auto repeat = [&](int times) {
+      const size_t each = arena.used - begin;
+      arena.used += (times - 1) * each;
+      return (int64_t)(each / sizeof(T));
+    };
+    if (keeps_) between_directions_ = repeat(a_.directions);
+    between_copies_ = repeat(copies_);
+    if (keeps_) fingerprints_ = arena.take<uint64_t>(copies_ * a_.directions * fingerprints());
   }
 
   // Vectors of a panel of W_ih: those of W_hh where a step multiplies both, else those for many rows if the chunk has
@@ -139,8 +145,9 @@ class ForwardPass {
     return G * (w_ih_[0].count() + w_hh_[0].count()) + (merged_ ? 2 : 0) + (a_.projected ? w_hr_.count() : 0);
   }
 
-  Panels<T> of(int d, Panels<T> w) const {
-    if (w.data) w.data += d * between_directions_;
+  // Those of a direction in one of the copies.
+  Panels<T> of(int d, int copy, Panels<T> w) const {
+    if (w.data) w.data += d * between_directions_ + copy * between_copies_;
     return w;
   }
 
@@ -151,9 +158,11 @@ class ForwardPass {
       bias_x_[g] = arena.take<Sum>(state_width_);
       bias_r_[g] = arena.take<Sum>(state_width_);
     }
-    for (T*& h : h_) h = arena.take<T>(B * output_width_);
-    for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_);
-    if (a_.projected) unprojected_ = arena.take<T>(B * state_width_);
+    const int64_t gaps = plan_.threads * gap<T>;
+    gaps_ = arena.take<int64_t>(B);
+    for (T*& h : h_) h = arena.take<T>(B * output_width_ + gaps);
+    for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_ + gaps);
+    if (a_.projected) unprojected_ = arena.take<T>(B * state_width_ + gaps);
     if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
     sums_ = arena.take<Sum>(plan_.threads * sums_size());
@@ -169,6 +178,7 @@ class ForwardPass {
     if (team.size != plan_.threads) return;
     Share<T> share{};
     const bool by_rows = plan_.by_rows;
+    share.copy = copies_ > 1 ? team.rank : 0;
     share.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
     const auto panels = [&](const Panels<T>& w, bool merged) {
       Range mine = by_rows ? Range{0, w.count()} : part(w.count(), team.rank, team.size);
@@ -185,7 +195,7 @@ class ForwardPass {
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
     for (int s = 1; s < states; ++s) clear_padding(a_.seq, a_.states[s], a_.directions * a_.H, team);
     for (int d = 0; d < a_.directions; ++d) {
-      prepare(d, team);
+      prepare(d, share, team);
       team.sync();
       if (d == 0 && measures_) measure_meetings(team);
       for (int64_t begin = 0; begin < a_.seq.T; begin += plan_.chunk) {
@@ -241,43 +251,45 @@ class ForwardPass {
       multiply_unpacked(rows, n, w.K, unpacked, w.first(p), w.last(p), out, nv * W);
   }
 
-  // Packs weights, adds biases, copies initial states: a part each.
-  void prepare(int d, const Team& team) {
+  // Packs weights, adds biases, copies initial states: a part each, but of weights of which each has a copy all.
+  void prepare(int d, const Share<T>& share, const Team& team) {
     const Weights<const T>& w = a_.weights[d];
-    const int64_t H = a_.H, B = a_.seq.B, of_input = w_ih_[0].count(), panels = w_hh_[0].count();
-    const Range inputs = part(G * of_input, team.rank, team.size);
+    const int64_t H = a_.H, of_input = w_ih_[0].count(), panels = w_hh_[0].count();
+    const auto mine = [&](int64_t n) { return copies_ > 1 ? Range{0, n} : part(n, team.rank, team.size); };
+    const auto ours = [&](const Panels<T>& all) { return of(d, share.copy, all); };
+    int64_t packed = (share.copy * a_.directions + d) * fingerprints();
+    const Range inputs = mine(G * of_input);
     for (int64_t item = inputs.first; item < inputs.last; ++item) {
       const int64_t g = item / of_input, p = item % of_input;
-      pack(of(d, w_ih_[g]), p, {w.w_ih + g * H * a_.I, a_.I}, d * fingerprints() + item);
+      pack(ours(w_ih_[g]), p, {w.w_ih + g * H * a_.I, a_.I}, packed + item);
     }
-    const auto add_biases = [&](int64_t g, int64_t first, int64_t last) {
-      for (int64_t j = first; j < last; ++j) {
+    packed += G * of_input;
+    const Range recurrent = mine(G * panels);
+    for (int64_t item = recurrent.first; item < recurrent.last; ++item) {
+      const int64_t g = item / panels, p = item % panels;
+      pack(ours(w_hh_[g]), p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
+    }
+    packed += G * panels;
+    if (merged_ && (copies_ > 1 || team.rank == team.size - 1)) {
+      const int64_t first = H - merged_;
+      pack(ours(merged_ih_), 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed);
+      pack(ours(merged_hh_), 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, packed + 1);
+    }
+    if (merged_) packed += 2;
+    if (a_.projected) {
+      const Range outputs = mine(w_hr_.count());
+      for (int64_t p = outputs.first; p < outputs.last; ++p) pack(ours(w_hr_), p, {w.w_hr, H}, packed + p);
+    }
+    const Range units = part(H, team.rank, team.size);
+    for (int g = 0; g < G; ++g)
+      for (int64_t j = units.first; j < units.last; ++j) {
         const Sum x = w.b_ih ? w.b_ih[g * H + j] : T(0), r = w.b_hh ? w.b_hh[g * H + j] : T(0);
         bias_x_[g][j] = apart(g) ? x : x + r;
         bias_r_[g][j] = apart(g) ? r : Sum(0);
       }
-    };
-    const Range mine = part(G * panels, team.rank, team.size);
-    for (int64_t item = mine.first; item < mine.last; ++item) {
-      const int64_t g = item / panels, p = item % panels;
-      pack(of(d, w_hh_[g]), p, {w.w_hh + g * H * a_.R, a_.R}, d * fingerprints() + G * of_input + item);
-      add_biases(g, w_hh_[g].first(p), w_hh_[g].last(p));
-    }
-    int64_t packed = G * (of_input + panels);
-    if (merged_ && team.rank == team.size - 1) {
-      const int64_t first = H - merged_;
-      pack(of(d, merged_ih_), 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, d * fingerprints() + packed);
-      pack(of(d, merged_hh_), 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, d * fingerprints() + packed + 1);
-      for (int g = 0; g < G; ++g) add_biases(g, first, H);
-    }
-    if (merged_) packed += 2;
-    if (a_.projected) {
-      const Range outputs = part(w_hr_.count(), team.rank, team.size);
-      for (int64_t p = outputs.first; p < outputs.last; ++p)
-        pack(of(d, w_hr_), p, {w.w_hr, H}, d * fingerprints() + packed + p);
-    }
-    const Range rows = part(B, team.rank, team.size);
-    for (int64_t b = rows.first; b < rows.last; ++b)
+    const Range rows = plan_.by_rows ? share.rows : part(a_.seq.B, team.rank, team.size);
+    for (int64_t b = rows.first; b < rows.last; ++b) {
+      gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
       for (int s = 0; s < states; ++s) {
         const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
         const T* initial = a_.initial(d, s, 0, b);
@@ -285,10 +297,11 @@ class ForwardPass {
         for (int64_t j = 0; j < padded; ++j) {
           const T value = initial && j < width ? initial[j] : T(0);
           if (empty && j < width) a_.final[s][a_.state_at(d, s, b) + j] = value;
-          if (s == 0) h_[0][b * padded + j] = h_[1][b * padded + j] = value;
-          if (state_[s]) state_[s][b * padded + j] = value;
+          if (s == 0) h_at(0, b)[j] = h_at(1, b)[j] = value;
+          if (state_[s]) carried_at(s, b)[j] = value;
         }
       }
+    }
   }
 
   // Packs a panel, unless an earlier call has done it and its weights are still the same.
@@ -342,7 +355,7 @@ class ForwardPass {
     const int64_t whole = smaller(share.inputs.last, w_ih_[0].count());
     for (int64_t p = share.inputs.first; p < whole; ++p)
       for (int g = 0; g < G; ++g) {
-        const Panels<T> w = of(d, w_ih_[g]);
+        const Panels<T> w = of(d, share.copy, w_ih_[g]);
         for_groups<T>(0, count, [&](int64_t r, int64_t n) {
           multiply(share.left + r, n, w, p, a_.weights[d].w_ih + g * a_.H * a_.I, share.sums);
           add_bias(g, w.first(p), w.last(p) - w.first(p), share.sums, w.vectors_of(p) * W, r, n);
@@ -350,7 +363,7 @@ class ForwardPass {
       }
     if (share.inputs.last > whole)
       for_groups<T>(0, count, [&](int64_t r, int64_t n) {
-        multiply(share.left + r, n, of(d, merged_ih_), 0, nullptr, share.sums);
+        multiply(share.left + r, n, of(d, share.copy, merged_ih_), 0, nullptr, share.sums);
         for (int g = 0; g < G; ++g)
           add_bias(g, a_.H - merged_, merged_, share.sums + g * merged_, merged_ih_.vectors_of(0) * W, r, n);
       });
@@ -370,22 +383,22 @@ class ForwardPass {
       p = in_turn(share.units, turn, i);
     }
     const int inputs = within_ ? each(p) : 0;
-    if (is_merged(p)) return of(d, k < inputs ? merged_ih_ : merged_hh_).panel(0);
-    return k < inputs ? of(d, w_ih_[k]).panel(p) : of(d, w_hh_[in_turn({0, G}, k - inputs, i)]).panel(p);
+    if (is_merged(p)) return of(d, share.copy, k < inputs ? merged_ih_ : merged_hh_).panel(0);
+    return of(d, share.copy, k < inputs ? w_ih_[k] : w_hh_[in_turn({0, G}, k - inputs, i)]).panel(p);
   }
 
   // One time step for the rows and units of one thread.
   void step(int d, const Share<T>& share, int64_t begin, int64_t i) {
     const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
-    const T* h = h_[i & 1];
-    const T* entering = a_.h_mask ? share.masked : h;
+    const T* all_h = h_[i & 1];
+    const auto entering = [&](int64_t b) { return a_.h_mask ? share.masked + b * output_width_ : h_at(i, b); };
     // What the other threads have just written, all at once, before products come across it line by line (Zen 4, 2
     // threads, RNN 100,1,256,256 0.357 -> 0.330 ms).
     if (plan_.shares() > 1)
-      for (int64_t k = 0; k < last_row * output_width_; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(h + k);
+      for (int64_t k = 0; k < last_row * output_width_; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(all_h + k);
     if (a_.h_mask)
       for (int64_t b = share.rows.first; b < last_row; ++b)
-        apply_mask(h + b * output_width_, a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
+        apply_mask(h_at(i, b), a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
     for (int64_t turn = share.units.first; turn < share.units.last; ++turn) {
       const int64_t p = in_turn(share.units, turn, i);
       const bool merged = is_merged(p);
@@ -401,13 +414,13 @@ class ForwardPass {
         if (within_) {
           for (int64_t k = 0; k < n; ++k) share.left[k] = a_.input.at(a_.seq, t, row + k);
           for (int g = 0; g < matrices; ++g)
-            multiply(share.left, n, of(d, merged ? merged_ih_ : w_ih_[g]), merged ? 0 : p, nullptr,
+            multiply(share.left, n, of(d, share.copy, merged ? merged_ih_ : w_ih_[g]), merged ? 0 : p, nullptr,
                      share.sums + at.input[g], false, next_panel(d, share, i, turn, g), &fetches);
         }
-        for (int64_t k = 0; k < n; ++k) share.left[k] = entering + (row + k) * output_width_;
+        for (int64_t k = 0; k < n; ++k) share.left[k] = entering(row + k);
         for (int k = 0; k < matrices; ++k) {
           const int g = (int)in_turn({0, matrices}, k, i);
-          multiply(share.left, n, of(d, merged ? merged_hh_ : w_hh_[g]), merged ? 0 : p,
+          multiply(share.left, n, of(d, share.copy, merged ? merged_hh_ : w_hh_[g]), merged ? 0 : p,
                    a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g],
                    within_ && at.input[g] == at.recurrent[g],
                    next_panel(d, share, i, turn, (within_ ? matrices : 0) + k), &fetches);
@@ -415,7 +428,7 @@ class ForwardPass {
         for (int64_t k = 0; k < n; ++k) {
           const Destination to = destination(d, begin, i, t, row + k);
           for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
-            gates<decltype(M)>(to, h + (row + k) * output_width_, share.sums + k * nv * W + (j - first), at, j, lanes);
+            gates<decltype(M)>(to, h_at(i, row + k), share.sums + k * nv * W + (j - first), at, j, lanes);
           });
         }
       });
@@ -462,10 +475,10 @@ class ForwardPass {
     Destination to{};
     to.products = products_at(d, begin, i, b);
     if (keeps_gates_) to.kept = kept_at(d, i, b);
-    to.h = a_.projected ? unprojected_ + b * state_width_ : h_[(i + 1) & 1] + b * output_width_;
+    to.h = a_.projected ? unprojected_at(b) : h_at(i + 1, b);
     if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
     for (int s = 0; s < states; ++s)
-      if (state_[s]) to.state[s] = state_[s] + b * state_width_;
+      if (state_[s]) to.state[s] = carried_at(s, b);
     for (int s = 1; s < states; ++s) {
       if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
     }
@@ -526,18 +539,17 @@ class ForwardPass {
   // h = W_hr (o tanh c) for the rows and outputs of one thread.
   void project_output(int d, const Share<T>& share, int64_t i) {
     const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
-    T* h = h_[(i + 1) & 1];
     for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
       const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
       for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
-        for (int64_t k = 0; k < n; ++k) share.left[k] = unprojected_ + (row + k) * state_width_;
-        multiply(share.left, n, of(d, w_hr_), p, a_.weights[d].w_hr, share.sums);
+        for (int64_t k = 0; k < n; ++k) share.left[k] = unprojected_at(row + k);
+        multiply(share.left, n, of(d, share.copy, w_hr_), p, a_.weights[d].w_hr, share.sums);
         for (int64_t k = 0; k < n; ++k)
           for (int64_t j = 0; j < columns; j += W) {
             const V value = S::load(share.sums + k * ldo + j);
             const int lanes = (int)smaller(W, columns - j);
             const int64_t b = row + k;
-            S::store(h + b * output_width_ + first + j, value);
+            S::store(h_at(i + 1, b) + first + j, value);
             if (a_.output.data) S::store(a_.output.at(a_.seq, t, b) + d * a_.R + first + j, value, lanes);
             if (a_.saved) S::store(saved(d).projected + (a_.seq.start(t) + b) * a_.R + first + j, value, lanes);
           }
@@ -575,9 +587,14 @@ class ForwardPass {
   // Calls f with state s of one row as it enters order i.
   template <class F>
   void with_carried(int s, int64_t i, int64_t b, F&& f) const {
-    if (s == 0) f(h_[i & 1] + b * output_width_);
-    if (state_[s]) f(state_[s] + b * state_width_);
+    if (s == 0) f(h_at(i, b));
+    if (state_[s]) f(carried_at(s, b));
   }
+
+  // Of one row: h as it enters order i, another state, what a projection takes.
+  T* h_at(int64_t i, int64_t b) const { return h_[i & 1] + b * output_width_ + gaps_[b]; }
+  Sum* carried_at(int s, int64_t b) const { return state_[s] + b * state_width_ + gaps_[b]; }
+  T* unprojected_at(int64_t b) const { return unprojected_ + b * state_width_ + gaps_[b]; }
 
   // The columns of state s that one thread computes.
   Range columns(const Share<T>& share, int s) const {
@@ -610,10 +627,12 @@ class ForwardPass {
   bool streams_;            // what is kept for backward is written past the caches
   bool new_ = true;         // what is kept holds nothing yet
   uint64_t* fingerprints_;  // of the weights that the kept panels were packed from
-  int64_t between_directions_ = 0;
+  int copies_ = 1;          // of the packed weights
+  int64_t between_directions_ = 0, between_copies_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_, merged_ih_, merged_hh_;
   Sum *bias_x_[G], *bias_r_[G];
-  T* h_[2];  // h of the previous step and of this one, in turn
+  int64_t* gaps_;  // see gap
+  T* h_[2];        // h of the previous step and of this one, in turn
   // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
   Sum* state_[states] = {};
   T *unprojected_, *masked_;

@@ -128,11 +128,31 @@ template <class T>
 struct Share {
   // Sequences; panels of hidden units, and of the same units in W_ih; panels of the output h.
   Range rows, units, inputs, outputs;
+  int copy;           // of the packed weights
   SumOf<T>* sums;     // products of a group of rows with one panel per gate
   const T** left;     // rows to multiply
   SumOf<T>** places;  // where their products go
   T* masked;          // h as it enters the recurrent products, if they see it through a mask
 };
+
+// What rows of different threads share costs them dearly where the host has put their cores far from each other, even
+// what is only read. Zen 4, 2 threads, LSTM, ms, for seconds 4.38 at 100,32,128,128 (inference) and for seconds 5.15:
+//
+//   | in the bad seconds                         | 100,32,128,128 | 128,8,64,64 | 20,16,128,128 (training, forward) |
+//   | as it was                                  | 5.23 | 0.614 | 0.764 |
+//   | a page between rows of different threads   | 4.76 | 0.501 | 0.698 |
+//   | packed weights for each thread as well     | 4.65 | 0.494 | 0.574 |
+//
+// In backward such a page brings 3 to 11% (training 100,32,128,128 14.9 -> 13.9; 20,16,128,128 1.90 -> 1.69;
+// 128,8,64,64 1.94 -> 1.74), packed weights for each thread nothing more.
+//
+// Values between rows of different threads where these read and write their own at every step: prefetchers run on past
+// the end of a row, though not past that of a page, and take lines from who writes the row behind.
+template <class T>
+constexpr int64_t gap = 4096 / sizeof(T);
+
+// Bytes of packed weights of which threads that divide rows have a copy each.
+constexpr int64_t most_copied = 1 << 21;
 
 // Rows that are multiplied with a panel before their gates are computed: their products stay in the first-level cache.
 constexpr int64_t group_blocks = 4;
