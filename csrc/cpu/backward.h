@@ -378,7 +378,8 @@ class BackwardPass {
 
   // The step after i is still in these rings when step i needs it.
   T* d_slots_at(int64_t i, int64_t b) const {
-    return d_slots_ + turn(i) * (a_.seq.B * slots_stride() + plan_.threads * gap<T>)+b * slots_stride() + gaps_[b];
+    const int64_t row = slots_stride(), of_step = a_.seq.B * row + plan_.threads * gap<T>;
+    return d_slots_ + turn(i) * of_step + b * row + gaps_[b];
   }
   T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ring(i, b) * a_.R; }
 
