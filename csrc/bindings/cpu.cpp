@@ -110,7 +110,7 @@ TensorView turned(TensorView v, Layout layout) {
 }
 
 // A new tensor that lies as the caller wants it, for what the kernels count as `rows`.
-NewTensor new_rows(const int64_t (&rows)[3], int bits, Layout layout) {
+NewTensor new_laid_out(const int64_t (&rows)[3], int bits, Layout layout) {
   NewTensor made = layout == Layout::time_major    ? new_tensor({rows[0], rows[1], rows[2]}, bits)
                    : layout == Layout::batch_first ? new_tensor({rows[1], rows[0], rows[2]}, bits)
                                                    : new_tensor({rows[1], rows[2]}, bits);
@@ -454,10 +454,10 @@ py::object express(const std::string& cell, py::handle input, py::handle states_
     const auto states = static_cast<size_t>(cell_facts[a.cell].states);
     const Layout of_states = layout_of_states(layout);
     NewTensor output, final[max_states], saved;
-    if (layout != Layout::one_step) output = new_rows({a.seq.T, a.seq.B, a.directions * a.R}, a.bits, layout);
+    if (layout != Layout::one_step) output = new_laid_out({a.seq.T, a.seq.B, a.directions * a.R}, a.bits, layout);
     TensorView every[max_states], final_views[max_states];
     for (size_t s = 0; s < states; ++s) {
-      final[s] = new_rows({a.directions, a.seq.B, a.state_width(static_cast<int>(s))}, a.bits, of_states);
+      final[s] = new_laid_out({a.directions, a.seq.B, a.state_width(static_cast<int>(s))}, a.bits, of_states);
       final_views[s] = final[s].view;
     }
     if (save) saved = new_tensor({a.saved_count()}, a.bits);
@@ -509,7 +509,7 @@ py::tuple run_backward(const Arguments& a, const TensorView& saved, const Incomi
     if (like && needs[k].cast<bool>())
       made = like.dims == 1   ? new_tensor({like.shape[0]}, a.bits)
              : like.dims == 2 ? new_tensor({like.shape[0], like.shape[1]}, a.bits)
-                              : new_rows({like.shape[0], like.shape[1], like.shape[2]}, a.bits, laid_out);
+                              : new_laid_out({like.shape[0], like.shape[1], like.shape[2]}, a.bits, laid_out);
     result[k] = std::move(made.object);
     return made.view;
   };

@@ -13,12 +13,12 @@ from .autograd import Express, Layer, forward
 from .cells import Cell
 from .engines import announce, choose, cpu, is_everyday
 from .engines.base import Call, Outputs
-from .torch_state import apply_in_eager_mode, refuse_jit_trace, why_not_plain
+from .torch_state import plain_apply, refuse_jit_trace, why_not_plain
 
 # What every call asks, bound once.
 _is_grad_enabled = torch.is_grad_enabled
 _get_num_threads = torch.get_num_threads
-_apply_express = apply_in_eager_mode(Express)
+_apply_express = plain_apply(Express)
 
 
 def run(call: Call) -> Outputs:

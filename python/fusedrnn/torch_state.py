@@ -141,10 +141,10 @@ def legacy_batched(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and is_legacy(t) for t in tensors)
 
 
-def apply_in_eager_mode(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The ``apply`` of the Function without what it does for torch.func's sake (4 us).
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The ``apply`` of the Function without what it does for torch.func's sake, which takes 4 us.
 
-    For tensors whose memory has been read: what torch.func has left behind has none.
+    For use where torch.func is not at work, or where it has been seen to; and not on what it has left behind.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
@@ -154,7 +154,7 @@ def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> tupl
 
     ``Function.apply`` would hand the call to all levels of torch.func, but the kernel runs at one of them already.
     """
-    apply = apply_in_eager_mode(function)
+    apply = plain_apply(function)
     if _functorch_level() is None:
         return apply(*arguments)  # type: ignore[no-any-return]
     with enable_single_level_autograd_function():
