@@ -12,8 +12,7 @@ class BackwardPass {
  public:
   BackwardPass(const Backward<T>& args, int threads)
       : a_(args),
-        plan_(
-            make_plan<T>(args, G, threads, backward_chunk(args), least_step, weights_outweigh_rows(args, G, threads))),
+        plan_(plan(args, threads)),
         state_width_(round_up(args.H, W)),
         output_width_(round_up(args.R, W)),
         apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),
@@ -59,9 +58,12 @@ class BackwardPass {
     return larger(128, smaller(512, bytes / 16384));
   }
 
-  // Flops of a step that are worth a barrier: fewer than forward's, for there is much besides the steps (Zen 5,
-  // training of LSTM 1000,2,64,64 on 2 threads: 2.50 ms instead of 2.74).
-  static constexpr double least_step = 6e4;
+  // A step is sooner worth its barrier than forward's, for there is much besides the steps (Zen 5, training of LSTM
+  // 1000,2,64,64 on 2 threads: 2.50 ms instead of 2.74).
+  static Plan plan(const Backward<T>& a, int threads) {
+    const bool by_rows = rows_enough_for_backward(a.seq.B, threads) && !weights_outweigh_rows(a, G, threads);
+    return make_plan<T>(a, G, threads, backward_chunk(a), by_rows, flops(a, G, a.seq.B) >= 6e4);
+  }
 
   // Bytes of the weights' gradients that each thread may have to itself. Backward on 2 threads (Zen 5), apart and
   // together: LSTM 100,32,512,512 (8 MB) 78.7 and 74.3 ms; 100,64,256,256 (2 MB) 42.6 and 41.2; 100,32,128,128 (0.5 MB)

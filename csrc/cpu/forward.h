@@ -12,14 +12,30 @@ class ForwardPass {
 
  public:
   // Whether a step computes the products of its inputs itself. That spares writing and reading them, but reads W_ih at
-  // every step. (Zen 5, LSTM forward of training 100,64,256,256: 36.7 against 39.5 ms. Zen 4, inference, apart and
-  // within, 1 thread: 35,20,650,650 47.4, 45.4; 20,32,1024,1024 104.9, 101.6; 100,4,512,512 16.6, 16.2; 20,8,1024,1024
-  // 28.2, 28.8; 20,4,1024,1024 15.3, 18.9; 2 threads: 100,4,512,512 8.6, 8.3; 16,32,2048,2048 174.8, 183.3.) It decides
-  // how they are rounded, so it must not depend on how the work is divided in the end.
+  // every step, which must come from afar as fast as some rows are multiplied with it: see the table. It decides how
+  // they are rounded, so it must not depend on how the work is divided in the end.
+  //
+  // LSTM inference, ms, apart and within the step:
+  //
+  //   |                 | Zen 4        | 2 threads    | Zen 5      | 2 threads  |
+  //   | 100,4,128,128   |              |              | 0.51, 0.49 |            |
+  //   | 100,32,128,128  |              |              | 3.93, 3.72 | 2.06, 1.96 |
+  //   | 100,4,256,256   |              |              | 1.91, 2.09 | 0.98, 1.04 |
+  //   | 100,8,256,256   |              |              | 3.76, 3.80 | 2.03, 2.21 |
+  //   | 100,16,256,256  |              |              | 7.58, 7.45 | 3.93, 3.94 |
+  //   | 100,4,512,512   | 16.6, 16.2   | 8.6, 8.3     | 8.8, 11.1  | 4.1, 5.6   |
+  //   | 100,16,512,512  |              |              | 29.2, 28.9 | 15.4, 15.8 |
+  //   | 35,20,650,650   | 47.4, 45.4   |              | 21.1, 20.7 | 11.3, 11.5 |
+  //   | 20,4,1024,1024  | 15.3, 18.9   |              |            |            |
+  //   | 20,8,1024,1024  | 28.2, 28.8   |              | 13.3, 16.2 | 7.0, 8.4   |
+  //   | 20,32,1024,1024 | 104.9, 101.6 |              | 48.3, 47.6 | 25.5, 24.7 |
+  //   | 16,32,2048,2048 |              | 174.8, 183.3 |            |            |
   static bool input_products_within(const Forward<T>& a, int threads) {
     const int64_t rows = rows_enough(a.seq.B, threads) ? ceil_div(a.seq.B, threads) : a.seq.B;
     const int64_t bytes = G * a.H * a.I * (int64_t)sizeof(T);
-    return !a.batch_invariant && rows >= 4 && bytes < rows << 21 && bytes <= int64_t{1} << 24;
+    const bool near_by = bytes <= 1 << 18;
+    const int64_t fewest = near_by || !multiplies_512_bits() ? 4 : 13;
+    return !a.batch_invariant && rows >= fewest && bytes < rows << 21 && bytes <= int64_t{1} << 24;
   }
 
   ForwardPass(const Forward<T>& args, int threads, bool within)
@@ -68,24 +84,43 @@ class ForwardPass {
 
  private:
   // Nanoseconds of a meeting. Units are divided though there are rows enough while the cores are near to each other, if
-  // all weights are large and rows are few. Zen 4, 2 threads, LSTM inference, by units and by rows, ms: 20,8,1024,1024
-  // 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256 5.3, 5.2 (while meetings cost 200 ns 5.9, 5.2); 100,12,256,256
-  // 6.2, 6.2; 100,16,200,200, where half of the units is no even number of vectors, 6.8, 6.3;
-  // 200,16,256,256 19.0, 18.5; 50,16,1024,1024 65.2, 64.6; 100,32,512,512 66.8, 64.6. (Zen 5, before tiles of 8 rows:
-  // 128,8,256,256 3.4, 3.6; 100,32,512,512 34.4, 36.0.)
+  // all weights are large and rows are few, for the faster a core multiplies, the longer it waits for weights. Zen 4, 2
+  // threads, LSTM inference, by units and by rows, ms: 20,8,1024,1024 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256
+  // 5.3, 5.2 (while meetings cost 200 ns 5.9, 5.2); 100,12,256,256 6.2, 6.2; 100,16,200,200, where half of the units is
+  // no even number of vectors, 6.8, 6.3; 200,16,256,256 19.0, 18.5; 50,16,1024,1024 65.2, 64.6; 100,32,512,512 66.8,
+  // 64.6. Zen 5: 100,16,512,512 15.0, 15.4; 35,20,650,650 10.9, 11.4; 100,24,512,512 22.3, 23.2; 35,40,650,650 21.5,
+  // 21.4; 20,48,1024,1024 37.4, 36.1.
   static constexpr double near = 130;
-  static constexpr int64_t few_rows = 8;  // a thread
+  static int64_t few_rows() { return multiplies_512_bits() ? 16 : 8; }  // a thread
 
-  // Steps are divided where that saves more than it costs: a barrier, h that comes from another core, and tiles that
-  // are smaller. Few rows make 64 flops a nanosecond. Zen 4, 1 and 2 threads, while meetings cost 75 ns, ms: LSTM
-  // 100,1,64,64 0.102, 0.100; 100,1,96,96 0.233, 0.195; GRU 100,1,128,128 0.296, 0.183; RNN 100,1,128,128 0.100, 0.077;
-  // while they cost 300, on two threads: 0.152, 0.29, 0.283, 0.144.
+  // Steps are divided where that saves more than it costs: a barrier, lines with h from another core, and tiles that
+  // are smaller. 1 thread; 2 while meetings cost little; while they cost much, inference, ms:
+  //
+  //   |                 | Zen 4                        | Zen 5                        |
+  //   |                 | 1; at 75 ns; at 300          | 1; at 50 ns; at 200          |
+  //   | LSTM 100,1,64   | 0.102; 0.100; 0.152          | 0.064; 0.050; 0.097          |
+  //   | LSTM 100,1,96   | 0.233; 0.195; 0.29           |                              |
+  //   | GRU 100,1,64    |                              | 0.044; 0.040; 0.087          |
+  //   | GRU 100,1,128   | 0.296; 0.183; 0.283          |                              |
+  //   | RNN 100,1,128   | 0.100; 0.077; 0.144          | 0.065; 0.039;                |
+  //   | RNN 100,1,256   |                              | 0.233; 0.135; 0.194          |
+  //   | RNN 100,2,128   |                              | 0.081; 0.055; 0.132          |
+  //   | RNN 1000,4,128  |                              | 1.30; 0.81; 1.78             |
+  //   | LSTM 1000,4,128 |                              | 5.3; 2.7; 3.8                |
+  static bool worth_barriers(const Forward<T>& a, int threads) {
+    const double work = flops(a, G, a.seq.B), saved = 1 - 1.0 / threads;
+    const double alone = work / peak<T>() + work / (double)larger(1, a.seq.B) / peak_of_reading<T>;
+    const double lines = saved * (double)(a.seq.B * a.R) * sizeof(T) / 64;
+    return saved * alone >= 60 + (2.5 + lines / 12) * meeting_cost();
+  }
+
   static Plan plan(const Forward<T>& a, int threads) {
-    const double saved = threads > 1 ? 1 - 1.0 / threads : 1;
-    const double cost = meeting_cost();
-    const bool units_first =
-        cost < near && a.seq.B < few_rows * threads && a.H >= 4 * W * threads && outlast_caches<T>(G * a.H * a.R);
-    return make_plan<T>(a, G, threads, 256, 64 * (100 + 3 * cost) / saved, units_first);
+    // Far from each other cores had better keep to their rows, as backward does with what they leave it.
+    const bool are_near = meeting_cost() < near, large = outlast_caches<T>(G * a.H * a.R);
+    const bool units_first = are_near && large && a.seq.B < few_rows() * threads;
+    const bool by_rows =
+        are_near || !a.saved ? rows_enough(a.seq.B, threads) : rows_enough_for_backward(a.seq.B, threads);
+    return make_plan<T>(a, G, threads, 256, by_rows && !units_first, worth_barriers(a, threads));
   }
 
   // Whether the gates of the units at the end share vectors. That spares products, but computes those gates by

@@ -21,6 +21,7 @@
 #include "kept.h"
 #include "kernels.h"
 #include "memory.h"
+#include "processor.h"
 #include "team.h"
 
 namespace fusedrnn {

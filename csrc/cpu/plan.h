@@ -24,6 +24,23 @@ struct Plan {
 // Whether each thread may have some sequences to itself.
 static inline bool rows_enough(int64_t B, int threads) { return B >= 4 * threads; }
 
+// The same for backward. Of what threads that divide units exchange at each step, backward has the more: the gradients
+// of all gates. Zen 5, training on 2 threads, by units and by rows, ms, near to each other and far apart (see
+// meeting_cost): LSTM 1000,4,128,128 9.1, 9.1 and 13.6, 10.4; GRU 6.9, 6.9 and 10.1, 7.9; RNN 2.85, 2.65 and 5.5, 4.0;
+// LSTM 100,4,64,64 0.319, 0.316 and 0.61, 0.48. If forward as well goes by rows when they are far apart: RNN
+// 1000,4,128,128 4.0 -> 3.5, LSTM 100,6,200,200 4.25 -> 3.97. With one row for each: LSTM 100,2,128,128 0.53, 0.58 and
+// 1.01, 0.89.
+static inline bool rows_enough_for_backward(int64_t B, int threads) { return B >= 2 * threads; }
+
+// Flops a nanosecond of one core at best, about, and if it reads weights for one row only.
+template <class T>
+static double peak() {
+  const int bytes = FUSEDRNN_VECTOR_BYTES == 64 && !multiplies_512_bits() ? 32 : FUSEDRNN_VECTOR_BYTES;
+  return 14.8 * bytes / sizeof(SumOf<T>);
+}
+template <class T>
+constexpr double peak_of_reading = 640.0 / sizeof(T);
+
 // Whether backward divides by units though there are rows enough. By rows a step reads all recurrent weights once for a
 // thread's few rows; those that its second-level cache (1 MB here) cannot hold come from the third, for all threads at
 // once. Zen 5, 2 threads, LSTM, by rows and by units, ms: 100,32,512,512 76.0, 72.7; 128,8,256,256 7.4, 6.4;
@@ -41,18 +58,21 @@ static bool outlast_caches(int64_t values) {
   return values * (int64_t)sizeof(T) > in_no_cache_near_by;
 }
 
-// With fewer flops than `least_step` a step is not worth its barrier. `units_first`: units are divided even if there
-// are rows enough.
+// Flops of all steps of one direction, and of each.
 template <class T>
-static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, double least_step,
-                      bool units_first) {
+static double flops(const Layer<T>& a, int gates, int64_t tokens) {
+  return 2.0 * (double)tokens * (double)(a.I + a.R) * (double)(gates * a.H);
+}
+
+// `by_rows`: threads divide rows; else units, if a step is worth its barrier.
+template <class T>
+static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, bool by_rows,
+                      bool worth_barriers) {
+  Plan plan{threads, by_rows, a.seq.B, 1, a.seq.sizes != nullptr};
   // Below about 20 us of work a second thread costs more than it brings: 5 us to start it, as much to stop.
-  const double step_work = 2.0 * (double)a.seq.B * (double)(a.I + a.R) * (double)(gates * a.H);
-  const double work = 2.0 * (double)a.seq.tokens() * (double)(a.I + a.R) * (double)(gates * a.H) * a.directions;
-  Plan plan{threads, false, a.seq.B, 1, a.seq.sizes != nullptr};
-  if (work < 2e6) plan.threads = 1;
-  plan.by_rows = plan.threads > 1 && rows_enough(a.seq.B, plan.threads) && !units_first;
-  if (!plan.by_rows && step_work < least_step) plan.threads = 1;
+  if (flops(a, gates, a.seq.tokens()) * a.directions < 2e6) plan.threads = 1;
+  if (!by_rows && !worth_barriers) plan.threads = 1;
+  if (plan.threads == 1) plan.by_rows = false;
   if (plan.by_rows && !a.seq.sizes) plan.rows = ceil_div(a.seq.B, plan.threads);
   plan.chunk = larger(2, smaller(a.seq.T, chunk_tokens / larger(1, plan.rows)));
   return plan;

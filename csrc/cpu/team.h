@@ -55,13 +55,12 @@ int undisturbed_threads(int threads);
 int threads_left_out();
 
 // What it costs now that all threads of a team meet at its barrier, in nanoseconds: on a guest, whose cores the host
-// moves about, 75 for seconds and then 300 (Zen 4, two cores). It is measured by a team of which all call
-// measure_meetings at the same time, and known for a while then; as long as it is not, it is taken to be the lowest.
+// moves about, 75 for seconds and then 300 (Zen 4, two cores; 45 and 200 with Zen 5). It is measured by a team of which
+// all call measure_meetings at the same time, and known for a while then; as long as it is not, it is taken to be low.
 double meeting_cost();
 bool meeting_cost_is_known();
 
-// Whether the next team should measure it: not if its threads have just slept, as they meet more slowly then. So it
-// stays unknown where calls are some milliseconds apart.
+// Whether the next team should measure it. It stays unknown while threads that have just slept share a core.
 bool should_measure_meetings();
 void measure_meetings(const Team& team);
 

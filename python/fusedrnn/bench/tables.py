@@ -33,7 +33,7 @@ SECTION_TITLES = {
     "resets": "Resets to zeros (torch.nn: split into segments; called step by step), milliseconds, float32",
     "memory": "A training step, 1 thread, MiB, weights left out",
     "first call": "The first call in a fresh process, milliseconds more than the second, float32, 1 thread",
-    "contention": "Mean time beside a process that keeps one core busy / time alone on 1 thread, float32",
+    "contention": "Mean time of 30 calls beside a process that keeps one core busy / alone on 1 thread, float32",
     "accuracy": "Error of a training step against float64: root mean square, worst of its tensors, machine epsilons",
 }
 _BUSY = 0.1  # cores of other work beyond which the numbers come with a caution
