@@ -205,12 +205,19 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
   constexpr int width = S::width;
   // Weights larger than the second-level cache come from the third at every step: fetched 1 KB ahead, LSTM inference at
   // B = 64, H = 256 goes from 69 to 79 GF/s, training at B = 32, H = 512 from 70 to 79 (Zen 3, peak 102). Single rows
-  // pass through a panel faster, hence 2 KB.
+  // pass through a panel faster, hence 2 KB. Few rows have all lines fetched, which the processor by itself does not do
+  // in time from the second-level cache either (Zen 5, inference, ms: LSTM 100,1,128,128 0.247 -> 0.225; 100,1,256,256
+  // 0.93 -> 0.87; 100,1,512,512 4.7 -> 4.5; GRU 100,1,256,256 0.61 -> 0.57; RNN 100,1,64,64, which the first-level
+  // cache holds, 0.0190, 0.0191; 100,1,256,256 0.230 -> 0.211; LSTM 100,2,128,128 0.314 -> 0.304; 100,2,512,512 6.4
+  // -> 5.6).
   constexpr int64_t ahead = (MR * NV <= 8 ? 2048 : 1024) / sizeof(T);
   V sum[MR][NV] = {};
   for (int64_t k = 0; k < K; k += P::depth, panel += NV * width * P::depth) {
     left.fetch(k);
-    __builtin_prefetch(panel + ahead);
+    constexpr int lines = MR <= 3 ? NV : 1;
+#pragma GCC unroll 8
+    for (int v = 0; v < lines; v += 64 / FUSEDRNN_VECTOR_BYTES)
+      __builtin_prefetch(panel + ahead + v * width * P::depth);
     if constexpr (fetch) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v += 64 / FUSEDRNN_VECTOR_BYTES) __builtin_prefetch(next + v * width * P::depth, 0, 2);
