@@ -83,15 +83,21 @@ class ForwardPass {
   }
 
  private:
-  // Nanoseconds of a meeting. Units are divided though there are rows enough while the cores are near to each other, if
-  // all weights are large and rows are few, for the faster a core multiplies, the longer it waits for weights. Zen 4, 2
-  // threads, LSTM inference, by units and by rows, ms: 20,8,1024,1024 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256
-  // 5.3, 5.2 (while meetings cost 200 ns 5.9, 5.2); 100,12,256,256 6.2, 6.2; 100,16,200,200, where half of the units is
-  // no even number of vectors, 6.8, 6.3; 200,16,256,256 19.0, 18.5; 50,16,1024,1024 65.2, 64.6; 100,32,512,512 66.8,
-  // 64.6. Zen 5: 100,16,512,512 15.0, 15.4; 35,20,650,650 10.9, 11.4; 100,24,512,512 22.3, 23.2; 35,40,650,650 21.5,
-  // 21.4; 20,48,1024,1024 37.4, 36.1.
+  // Nanoseconds of a meeting with which cores are near to each other.
   static constexpr double near = 130;
-  static int64_t few_rows() { return multiplies_512_bits() ? 16 : 8; }  // a thread
+
+  // Units are divided though there are rows enough if all weights are large and rows are few, for the faster a core
+  // multiplies, the longer it waits for weights; and if a step is long beside a meeting. Zen 4, 2 threads, LSTM
+  // inference, by units and by rows, ms: 20,8,1024,1024 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256 5.3, 5.2
+  // (while meetings cost 200 ns 5.9, 5.2); 100,12,256,256 6.2, 6.2; 100,16,200,200, where half of the units is no even
+  // number of vectors, 6.8, 6.3; 200,16,256,256 19.0, 18.5; 50,16,1024,1024 65.2, 64.6; 100,32,512,512 66.8, 64.6. Zen
+  // 5: 100,16,512,512 15.0, 15.4; 35,20,650,650 10.9, 11.4; 100,32,512,512 29.5, 30.8; 20,32,1024,1024 24.2, 24.6;
+  // 35,40,650,650 21.5, 21.4; 20,48,1024,1024 37.4, 36.1.
+  static bool units_first(const Forward<T>& a, int threads) {
+    const int64_t few_rows = multiplies_512_bits() ? 17 : 8;  // a thread
+    const double step = flops(a, G, a.seq.B) / peak<T>() / threads;
+    return outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads && step > 300 * meeting_cost();
+  }
 
   // Steps are divided where that saves more than it costs: a barrier, lines with h from another core, and tiles that
   // are smaller. 1 thread; 2 while meetings cost little; while they cost much, inference, ms:
@@ -116,11 +122,9 @@ class ForwardPass {
 
   static Plan plan(const Forward<T>& a, int threads) {
     // Far from each other cores had better keep to their rows, as backward does with what they leave it.
-    const bool are_near = meeting_cost() < near, large = outlast_caches<T>(G * a.H * a.R);
-    const bool units_first = are_near && large && a.seq.B < few_rows() * threads;
     const bool by_rows =
-        are_near || !a.saved ? rows_enough(a.seq.B, threads) : rows_enough_for_backward(a.seq.B, threads);
-    return make_plan<T>(a, G, threads, 256, by_rows && !units_first, worth_barriers(a, threads));
+        meeting_cost() < near || !a.saved ? rows_enough(a.seq.B, threads) : rows_enough_for_backward(a.seq.B, threads);
+    return make_plan<T>(a, G, threads, 256, by_rows && !units_first(a, threads), worth_barriers(a, threads));
   }
 
   // Whether the gates of the units at the end share vectors. That spares products, but computes those gates by
@@ -404,22 +408,34 @@ class ForwardPass {
       });
   }
 
-  // Whether these are the units that share vectors.
-  bool is_merged(int64_t panel) const { return panel == w_hh_[0].count(); }
+  // Units whose gates a step computes together: those of a panel, or those that share vectors (see merged_), whose
+  // gates lie side by side in a panel of their own.
+  struct Units {
+    int64_t first, last;
+    int vectors;   // of a panel
+    int matrices;  // that have such a panel: one for each gate, or one for all
+    int64_t panel;
+    const Panels<T>*inputs, *recurrent;
+    bool merged() const { return matrices < G; }
+  };
+  Units units(int64_t k) const {
+    const Panels<T>& w = w_hh_[0];
+    if (k < w.count()) return {w.first(k), w.last(k), w.vectors_of(k), G, k, w_ih_, w_hh_};
+    return {a_.H - merged_, a_.H, merged_hh_.vectors_of(0), 1, 0, &merged_ih_, &merged_hh_};
+  }
 
-  // What step i uses after the k-th of its matrices, W_ih's gates first if it has them, at a turn of its panels.
+  // What step i uses after the k-th of its matrices, W_ih's gates first if it has them, at a turn of its units.
   const T* next_panel(int d, const Share<T>& share, int64_t i, int64_t turn, int k) const {
     if (!fetches_) return nullptr;
-    const auto each = [&](int64_t p) { return is_merged(p) ? 1 : G; };
-    int64_t p = in_turn(share.units, turn, i);
-    if (++k == (within_ ? 2 : 1) * each(p)) {
+    Units at = units(in_turn(share.units, turn, i));
+    if (++k == (within_ ? 2 : 1) * at.matrices) {
       k = 0;
       if (++turn == share.units.last) turn = share.units.first, ++i;
-      p = in_turn(share.units, turn, i);
+      at = units(in_turn(share.units, turn, i));
     }
-    const int inputs = within_ ? each(p) : 0;
-    if (is_merged(p)) return of(d, share.copy, k < inputs ? merged_ih_ : merged_hh_).panel(0);
-    return of(d, share.copy, k < inputs ? w_ih_[k] : w_hh_[in_turn({0, G}, k - inputs, i)]).panel(p);
+    const int inputs = within_ ? at.matrices : 0;
+    const Panels<T>& w = k < inputs ? at.inputs[k] : at.recurrent[in_turn({0, at.matrices}, k - inputs, i)];
+    return of(d, share.copy, w).panel(at.panel);
   }
 
   // One time step for the rows and units of one thread.
@@ -435,11 +451,10 @@ class ForwardPass {
       for (int64_t b = share.rows.first; b < last_row; ++b)
         apply_mask(h_at(i, b), a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
     for (int64_t turn = share.units.first; turn < share.units.last; ++turn) {
-      const int64_t p = in_turn(share.units, turn, i);
-      const bool merged = is_merged(p);
-      const int64_t first = merged ? a_.H - merged_ : w_hh_[0].first(p), last = merged ? a_.H : w_hh_[0].last(p);
-      const int nv = merged ? merged_hh_.vectors_of(0) : w_hh_[0].vectors_of(p), matrices = merged ? 1 : G;
-      const Places at(merged ? merged_ : 0, group * nv * W);
+      const Units mine = units(in_turn(share.units, turn, i));
+      const int64_t first = mine.first, last = mine.last;
+      const int nv = mine.vectors, matrices = mine.matrices;
+      const Places at(mine.merged() ? merged_ : 0, group * nv * W);
       for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
         Fetches fetches((last - first) * (int64_t)sizeof(T));
         if (fetches_values_) {
@@ -449,13 +464,13 @@ class ForwardPass {
         if (within_) {
           for (int64_t k = 0; k < n; ++k) share.left[k] = a_.input.at(a_.seq, t, row + k);
           for (int g = 0; g < matrices; ++g)
-            multiply(share.left, n, of(d, share.copy, merged ? merged_ih_ : w_ih_[g]), merged ? 0 : p, nullptr,
-                     share.sums + at.input[g], false, next_panel(d, share, i, turn, g), &fetches);
+            multiply(share.left, n, of(d, share.copy, mine.inputs[g]), mine.panel, nullptr, share.sums + at.input[g],
+                     false, next_panel(d, share, i, turn, g), &fetches);
         }
         for (int64_t k = 0; k < n; ++k) share.left[k] = entering(row + k);
         for (int k = 0; k < matrices; ++k) {
           const int g = (int)in_turn({0, matrices}, k, i);
-          multiply(share.left, n, of(d, share.copy, merged ? merged_hh_ : w_hh_[g]), merged ? 0 : p,
+          multiply(share.left, n, of(d, share.copy, mine.recurrent[g]), mine.panel,
                    a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g],
                    within_ && at.input[g] == at.recurrent[g],
                    next_panel(d, share, i, turn, (within_ ? matrices : 0) + k), &fetches);
@@ -634,13 +649,8 @@ class ForwardPass {
   // The columns of state s that one thread computes.
   Range columns(const Share<T>& share, int s) const {
     if (s == 0 && a_.projected) return columns_of(w_hr_, share.outputs);
-    const int64_t whole = smaller(share.units.last, w_hh_[0].count());
-    Range mine = columns_of(w_hh_[0], {share.units.first, whole});
-    if (share.units.last > whole) {
-      if (mine.first == mine.last) mine.first = a_.H - merged_;
-      mine.last = a_.H;
-    }
-    return mine;
+    if (share.units.first == share.units.last) return {0, 0};
+    return {units(share.units.first).first, units(share.units.last - 1).last};
   }
 
   const Forward<T>& a_;

@@ -170,11 +170,19 @@ def info() -> Info:
 
 
 def _processor() -> str:
+    # The name that a guest is told may leave out which generation it is: on x86, family and model tell.
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
-                if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+                key, colon, value = line.partition(":")
+                if not colon:
+                    break
+                facts[key.strip()] = value.strip()
     except OSError:
         pass
+    if "model name" in facts:
+        words = (("family", "cpu family"), ("model", "model"))
+        generation = [f"{word} {facts[key]}" for word, key in words if key in facts]
+        return ", ".join([f"{facts['model name']} ({platform.machine()})", *generation])
     return platform.processor() or platform.machine()
