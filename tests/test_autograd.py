@@ -198,5 +198,6 @@ class TestTransforms:
         result = flat(module(x, hx))[0]
         vectors = torch.randn(3, *result.shape, dtype=result.dtype)
         (got,) = torch.autograd.grad(result, x, vectors, is_grads_batched=True, retain_graph=True)
+        assert not got.requires_grad
         expected = [torch.autograd.grad(result, x, v, retain_graph=True)[0] for v in vectors]
         assert_close(got, torch.stack(expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -185,3 +186,28 @@ def test_the_limit(megabytes):
         FUSEDRNN_KEPT_MB=megabytes,
     )
     assert script.returncode == 0, script.stderr
+
+
+def test_weights_that_a_thread_changes_and_restores_during_calls():
+    module = fusedrnn.LSTM(512, 512).requires_grad_(False)
+    original = [p.clone() for p in module.parameters()]
+    x = torch.randn(6, 1, 512)
+    want = module(x)[0]
+    for _ in range(15):
+        stop = threading.Event()
+
+        def serve(stop=stop):
+            while not stop.is_set():
+                module(x)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for _ in range(20):
+            for parameter in module.parameters():
+                parameter.mul_(-1.5)
+            for parameter, value in zip(module.parameters(), original, strict=True):
+                parameter.copy_(value)
+        stop.set()
+        thread.join()
+        # What calls return meanwhile is anybody's guess, but they may keep nothing of it.
+        torch.testing.assert_close(module(x)[0], want)

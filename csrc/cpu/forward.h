@@ -205,11 +205,14 @@ class ForwardPass {
     if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
     sums_ = arena.take<Sum>(plan_.threads * sums_size());
+    if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
     places_ = arena.take<Sum*>(plan_.threads * pointers());
   }
 
   static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
+  // Weights of a panel, at most.
+  int64_t panel_size() const { return Block<T>::max_columns * larger(a_.I, a_.projected ? larger(a_.H, a_.R) : a_.R); }
   int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
 
   void work(const Team& team) {
@@ -230,6 +233,7 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
+    if (keeps_) share.copy_of_panel = copies_of_panels_ + team.rank * panel_size();
     if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
     for (int s = 1; s < states; ++s) clear_padding(a_.seq, a_.states[s], a_.directions * a_.H, team);
@@ -300,24 +304,25 @@ class ForwardPass {
     const Range inputs = mine(G * of_input);
     for (int64_t item = inputs.first; item < inputs.last; ++item) {
       const int64_t g = item / of_input, p = item % of_input;
-      pack(ours(w_ih_[g]), p, {w.w_ih + g * H * a_.I, a_.I}, packed + item);
+      pack(ours(w_ih_[g]), p, {w.w_ih + g * H * a_.I, a_.I}, packed + item, share.copy_of_panel);
     }
     packed += G * of_input;
     const Range recurrent = mine(G * panels);
     for (int64_t item = recurrent.first; item < recurrent.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      pack(ours(w_hh_[g]), p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
+      pack(ours(w_hh_[g]), p, {w.w_hh + g * H * a_.R, a_.R}, packed + item, share.copy_of_panel);
     }
     packed += G * panels;
     if (merged_ && (copies_ > 1 || team.rank == team.size - 1)) {
       const int64_t first = H - merged_;
-      pack(ours(merged_ih_), 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed);
-      pack(ours(merged_hh_), 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, packed + 1);
+      pack(ours(merged_ih_), 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed, share.copy_of_panel);
+      pack(ours(merged_hh_), 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, packed + 1, share.copy_of_panel);
     }
     if (merged_) packed += 2;
     if (a_.projected) {
       const Range outputs = mine(w_hr_.count());
-      for (int64_t p = outputs.first; p < outputs.last; ++p) pack(ours(w_hr_), p, {w.w_hr, H}, packed + p);
+      for (int64_t p = outputs.first; p < outputs.last; ++p)
+        pack(ours(w_hr_), p, {w.w_hr, H}, packed + p, share.copy_of_panel);
     }
     const Range units = part(H, team.rank, team.size);
     for (int g = 0; g < G; ++g)
@@ -343,17 +348,23 @@ class ForwardPass {
     }
   }
 
-  // Packs a panel, unless an earlier call has done it and its weights are still the same.
-  void pack(Panels<T> packed, int64_t p, const Columns<T>& w, int64_t index) const {
+  // Packs a panel, unless an earlier call has done it and its weights are still the same. What is kept is packed from a
+  // copy: so its fingerprint tells what it holds even if somebody writes to the weights meanwhile.
+  void pack(Panels<T> packed, int64_t p, const Columns<T>& w, int64_t index, T* copy) const {
     if (!packed.data) return;
-    if (keeps_) {
-      const int64_t first = packed.first(p), last = packed.last(p), piece = w.piece ? w.piece : last - first;
-      uint64_t now = 0;
-      for (int64_t c = first; c < last; c += piece) now = fingerprint(w[c], piece * packed.K, now);
-      if (!new_ && fingerprints_[index] == now) return;
-      fingerprints_[index] = now;
-    }
-    pack_transposed(packed, p, w);
+    if (!keeps_) return pack_transposed(packed, p, w);
+    const int64_t first = packed.first(p), last = packed.last(p), piece = w.piece ? w.piece : last - first;
+    const auto fingerprint_of = [&](const Columns<T>& columns) {
+      uint64_t result = 0;
+      for (int64_t c = first; c < last; c += piece) result = fingerprint(columns[c], piece * packed.K, result);
+      return result;
+    };
+    if (!new_ && fingerprints_[index] == fingerprint_of(w)) return;
+    for (int64_t c = first; c < last; c += piece)
+      __builtin_memcpy(copy + (c - first) * packed.K, w[c], (size_t)(piece * packed.K) * sizeof(T));
+    const Columns<T> copied{copy, packed.K, 0, 0, first};
+    fingerprints_[index] = fingerprint_of(copied);
+    pack_transposed(packed, p, copied);
   }
 
   // Where the input products of row b at order i wait for their step.
@@ -680,7 +691,7 @@ class ForwardPass {
   T* h_[2];        // h of the previous step and of this one, in turn
   // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
   Sum* state_[states] = {};
-  T *unprojected_, *masked_;
+  T *unprojected_, *masked_, *copies_of_panels_;
   Sum *gates_, *sums_;
   const T** left_;
   Sum** places_;

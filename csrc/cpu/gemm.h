@@ -473,12 +473,12 @@ struct Panels {
 };
 
 // The rows of a matrix with K columns that are the columns of its packed transpose: those from w on or, if `piece` is
-// not 0, so many of them each `between` rows.
+// not 0, so many of them each `between` rows; w is where column `first` lies.
 template <class T>
 struct Columns {
   const T* w;
-  int64_t K, piece = 0, between = 0;
-  const T* operator[](int64_t c) const { return w + (piece ? c / piece * between + c % piece : c) * K; }
+  int64_t K, piece = 0, between = 0, first = 0;
+  const T* operator[](int64_t c) const { return w + (piece ? c / piece * between + c % piece : c - first) * K; }
 };
 
 // Packs panel p of the transpose of w: element (k, c) is w[c][k]. Large matrices go past the caches, which would not

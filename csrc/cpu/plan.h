@@ -153,6 +153,7 @@ struct Share {
   const T** left;     // rows to multiply
   SumOf<T>** places;  // where their products go
   T* masked;          // h as it enters the recurrent products, if they see it through a mask
+  T* copy_of_panel;   // its weights as they lay before they were packed, of those that are kept
 };
 
 // What rows of different threads share costs them dearly where the host has put their cores far from each other, even

@@ -68,7 +68,8 @@ def _gradients(
     """Backward of one layer, whatever torch is doing around it."""
     unusual = unusual_mode() is not None
     if legacy_batched(grads) or (unusual and in_forward_mode()):
-        return gradient(ENGINES["reference"], template.with_tensors(tensors), grads, needs)
+        create_graph = unusual or torch.is_grad_enabled()
+        return gradient(ENGINES["reference"], template.with_tensors(tensors), grads, needs, create_graph)
     if unusual:
         from . import ops
 
@@ -137,16 +138,16 @@ def _long_way_back(
 
 
 def gradient(
-    engine: Engine, call: Call, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    engine: Engine, call: Call, grads: Sequence[Tensor | None], needs: Sequence[bool], create_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of one layer by differentiating a traceable engine; it is differentiable itself."""
+    """The gradient of one layer by differentiating a traceable engine; it is differentiable itself, if it shall be."""
     with torch.enable_grad():
         outputs, _ = engine.forward(call, save=False)
         given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
         wanted = [t for t, need in zip(call.tensors(), needs, strict=True) if need and t is not None]
         found = iter(
             torch.autograd.grad(
-                [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+                [o for o, _ in given], wanted, [g for _, g in given], create_graph=create_graph, allow_unused=True
             )
         )
     return tuple(next(found) if need else None for need in needs)
