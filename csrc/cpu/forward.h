@@ -34,7 +34,7 @@ class ForwardPass {
     const int64_t rows = rows_enough(a.seq.B, threads) ? ceil_div(a.seq.B, threads) : a.seq.B;
     const int64_t bytes = G * a.H * a.I * (int64_t)sizeof(T);
     const bool near_by = bytes <= 1 << 18;
-    const int64_t fewest = near_by || !multiplies_512_bits() ? 4 : 13;
+    const int64_t fewest = near_by || !multiplies_fast() ? 4 : 13;
     return !a.batch_invariant && rows >= fewest && bytes < rows << 21 && bytes <= int64_t{1} << 24;
   }
 
@@ -94,7 +94,7 @@ class ForwardPass {
   // 5: 100,16,512,512 15.0, 15.4; 35,20,650,650 10.9, 11.4; 100,32,512,512 29.5, 30.8; 20,32,1024,1024 24.2, 24.6;
   // 35,40,650,650 21.5, 21.4; 20,48,1024,1024 37.4, 36.1.
   static bool units_first(const Forward<T>& a, int threads) {
-    const int64_t few_rows = multiplies_512_bits() ? 17 : 8;  // a thread
+    const int64_t few_rows = multiplies_fast() ? 17 : 8;  // a thread
     const double step = flops(a, G, a.seq.B) / peak<T>() / threads;
     return outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads && step > 300 * meeting_cost();
   }

@@ -32,11 +32,14 @@ static inline bool rows_enough(int64_t B, int threads) { return B >= 4 * threads
 // 1.01, 0.89.
 static inline bool rows_enough_for_backward(int64_t B, int threads) { return B >= 2 * threads; }
 
+// Whether a core multiplies twice as fast beside its caches as one with vectors of 32 bytes.
+static inline bool multiplies_fast() { return FUSEDRNN_VECTOR_BYTES == 64 && multiplies_512_bits(); }
+
 // Flops a nanosecond of one core at best, about, and if it reads weights for one row only.
 template <class T>
 static double peak() {
-  const int bytes = FUSEDRNN_VECTOR_BYTES == 64 && !multiplies_512_bits() ? 32 : FUSEDRNN_VECTOR_BYTES;
-  return 14.8 * bytes / sizeof(SumOf<T>);
+  const int64_t bytes = multiplies_fast() ? 64 : smaller(32, FUSEDRNN_VECTOR_BYTES);
+  return 14.8 * (double)bytes / sizeof(SumOf<T>);
 }
 template <class T>
 constexpr double peak_of_reading = 640.0 / sizeof(T);
