@@ -96,7 +96,9 @@ class ForwardPass {
   static bool units_first(const Forward<T>& a, int threads) {
     const int64_t few_rows = multiplies_fast() ? 17 : 8;  // a thread
     const double step = flops(a, G, a.seq.B) / peak<T>() / threads;
-    return outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads && step > 300 * meeting_cost();
+    const bool enough_units = a.H >= 4 * W * threads;
+    return enough_units && outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads &&
+           step > 300 * meeting_cost();
   }
 
   // Steps are divided where that saves more than it costs: a barrier, lines with h from another core, and tiles that
@@ -299,30 +301,31 @@ class ForwardPass {
     const Weights<const T>& w = a_.weights[d];
     const int64_t H = a_.H, of_input = w_ih_[0].count(), panels = w_hh_[0].count();
     const auto mine = [&](int64_t n) { return copies_ > 1 ? Range{0, n} : part(n, team.rank, team.size); };
-    const auto ours = [&](const Panels<T>& all) { return of(d, share.copy, all); };
+    const auto pack_ours = [&](const Panels<T>& all, int64_t p, const Columns<T>& columns, int64_t index) {
+      pack(of(d, share.copy, all), p, columns, index, share.copy_of_panel);
+    };
     int64_t packed = (share.copy * a_.directions + d) * fingerprints();
     const Range inputs = mine(G * of_input);
     for (int64_t item = inputs.first; item < inputs.last; ++item) {
       const int64_t g = item / of_input, p = item % of_input;
-      pack(ours(w_ih_[g]), p, {w.w_ih + g * H * a_.I, a_.I}, packed + item, share.copy_of_panel);
+      pack_ours(w_ih_[g], p, {w.w_ih + g * H * a_.I, a_.I}, packed + item);
     }
     packed += G * of_input;
     const Range recurrent = mine(G * panels);
     for (int64_t item = recurrent.first; item < recurrent.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      pack(ours(w_hh_[g]), p, {w.w_hh + g * H * a_.R, a_.R}, packed + item, share.copy_of_panel);
+      pack_ours(w_hh_[g], p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
     }
     packed += G * panels;
     if (merged_ && (copies_ > 1 || team.rank == team.size - 1)) {
       const int64_t first = H - merged_;
-      pack(ours(merged_ih_), 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed, share.copy_of_panel);
-      pack(ours(merged_hh_), 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, packed + 1, share.copy_of_panel);
+      pack_ours(merged_ih_, 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed);
+      pack_ours(merged_hh_, 0, {w.w_hh + first * a_.R, a_.R, merged_, H}, packed + 1);
     }
     if (merged_) packed += 2;
     if (a_.projected) {
       const Range outputs = mine(w_hr_.count());
-      for (int64_t p = outputs.first; p < outputs.last; ++p)
-        pack(ours(w_hr_), p, {w.w_hr, H}, packed + p, share.copy_of_panel);
+      for (int64_t p = outputs.first; p < outputs.last; ++p) pack_ours(w_hr_, p, {w.w_hr, H}, packed + p);
     }
     const Range units = part(H, team.rank, team.size);
     for (int g = 0; g < G; ++g)
