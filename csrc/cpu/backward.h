@@ -93,7 +93,7 @@ class BackwardPass {
 
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B, K = G * a_.H, threads = plan_.threads, tokens = chunk_tokens();
-    w_hh_ = divided_panels(arena, K, a_.R);
+    w_hh_ = divided_panels(arena, K, a_.R, reads_two_copies<T>(K * a_.R / plan_.shares(), plan_.rows, a_.seq.T));
     if (a_.d_input.data) w_ih_ = {arena.take<T>(Panels<T>::size(K, a_.I)), K, a_.I, Block<T>::vectors_for(group, a_.I)};
     if (a_.projected) {
       w_hr_ = divided_panels(arena, a_.R, a_.H);
@@ -121,8 +121,9 @@ class BackwardPass {
   }
 
   // Panels that the threads divide where they divide units.
-  Panels<T> divided_panels(Arena& arena, int64_t K, int64_t columns) const {
-    return {arena.take<T>(Panels<T>::size(K, columns)), K, columns, panel_vectors<T>(plan_, a_.H), plan_.shares()};
+  Panels<T> divided_panels(Arena& arena, int64_t K, int64_t columns, bool twice = false) const {
+    T* data = arena.take<T>((twice ? 2 : 1) * Panels<T>::size(K, columns));
+    return {data, K, columns, panel_vectors<T>(plan_, a_.H), plan_.shares(), 1, twice};
   }
 
   void lay_out_again(Arena& arena) {
@@ -279,6 +280,7 @@ class BackwardPass {
       for (int k = 0; k < G; ++k)
         for (int64_t j = 0; j < a_.H; ++j) rows.add(w + (gate[k] * a_.H + j) * columns);
       rows.finish();
+      packed.repeat(p);
     }
   }
 
@@ -459,7 +461,8 @@ class BackwardPass {
                       Fetches* fetches) {
     const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
-    multiply_panel(o.left, n, G * a_.H, w_hh_.panel(p), w_hh_.vectors_of(p), o.sums, ldo, false, next, fetches);
+    const T* panel = w_hh_.at_step(i).panel(p);
+    multiply_panel(o.left, n, G * a_.H, panel, w_hh_.vectors_of(p), o.sums, ldo, false, next, fetches);
     if (a_.h_mask)
       for (int64_t k = 0; k < n; ++k) {
         Sum* sums = o.sums + k * ldo;

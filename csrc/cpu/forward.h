@@ -53,6 +53,7 @@ class ForwardPass {
     // as much as two.
     if (plan_.by_rows && weights / a_.directions <= most_copied) copies_ = plan_.threads;
     packs_ = a_.seq.tokens() > (may_keep ? 2 : 8) || within_ || a_.batch_invariant;
+    twice_ = packs_ && reads_two_copies<T>(G * a_.H * a_.R / plan_.shares(), plan_.rows, a_.seq.T);
     if (packs_ && merging_pays()) merged_ = a_.H % W;
     keeps_ = packs_ && may_keep;
     measures_ = !plan_.by_rows && plan_.threads > 1 && should_measure_meetings();
@@ -73,7 +74,7 @@ class ForwardPass {
     const Weights<const T>& w = a_.weights[0];
     KeptWeights kept(
         {w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, input_vectors(), panel_vectors<T>(plan_, a_.H),
-         plan_.shares(), copies_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
+         plan_.shares(), copies_, twice_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
         size.used);
     Arena weights{kept.data()};
     lay_out_weights(weights);
@@ -151,12 +152,12 @@ class ForwardPass {
   void lay_out_weights(Arena& arena) {
     const size_t begin = arena.used;
     const int recurrent_vectors = panel_vectors<T>(plan_, a_.H);
-    const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices, int shares) {
-      T* data = packs_ ? arena.take<T>(matrices * Panels<T>::size(K, columns)) : nullptr;
-      return Panels<T>{data, K, columns, vectors, shares, matrices};
+    const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices, int shares, bool twice = false) {
+      T* data = packs_ ? arena.take<T>((twice ? 2 : 1) * matrices * Panels<T>::size(K, columns)) : nullptr;
+      return Panels<T>{data, K, columns, vectors, shares, matrices, twice};
     };
     w_ih_[0] = panels(a_.I, a_.H - merged_, input_vectors(), G, plan_.shares());
-    w_hh_[0] = panels(a_.R, a_.H - merged_, recurrent_vectors, G, plan_.shares());
+    w_hh_[0] = panels(a_.R, a_.H - merged_, recurrent_vectors, G, plan_.shares(), twice_);
     merged_ih_ = panels(a_.I, G * merged_, G, 1, 1);
     merged_hh_ = panels(a_.R, G * merged_, G, 1, 1);
     for (int g = 1; g < G; ++g) {
@@ -355,7 +356,11 @@ class ForwardPass {
   // copy: so its fingerprint tells what it holds even if somebody writes to the weights meanwhile.
   void pack(Panels<T> packed, int64_t p, const Columns<T>& w, int64_t index, T* copy) const {
     if (!packed.data) return;
-    if (!keeps_) return pack_transposed(packed, p, w);
+    if (!keeps_) {
+      pack_transposed(packed, p, w);
+      packed.repeat(p);
+      return;
+    }
     const int64_t first = packed.first(p), last = packed.last(p), piece = w.piece ? w.piece : last - first;
     const auto fingerprint_of = [&](const Columns<T>& columns) {
       uint64_t result = 0;
@@ -368,6 +373,7 @@ class ForwardPass {
     const Columns<T> copied{copy, packed.K, 0, 0, first};
     fingerprints_[index] = fingerprint_of(copied);
     pack_transposed(packed, p, copied);
+    packed.repeat(p);
   }
 
   // Where the input products of row b at order i wait for their step.
@@ -484,7 +490,7 @@ class ForwardPass {
         for (int64_t k = 0; k < n; ++k) share.left[k] = entering(row + k);
         for (int k = 0; k < matrices; ++k) {
           const int g = (int)in_turn({0, matrices}, k, i);
-          multiply(share.left, n, of(d, share.copy, mine.recurrent[g]), mine.panel,
+          multiply(share.left, n, of(d, share.copy, mine.recurrent[g]).at_step(i), mine.panel,
                    a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g],
                    within_ && at.input[g] == at.recurrent[g],
                    next_panel(d, share, i, turn, (within_ ? matrices : 0) + k), &fetches);
@@ -687,6 +693,7 @@ class ForwardPass {
   bool new_ = true;         // what is kept holds nothing yet
   uint64_t* fingerprints_;  // of the weights that the kept panels were packed from
   int copies_ = 1;          // of the packed weights
+  bool twice_;              // in each of them two of W_hh
   int64_t between_directions_ = 0, between_copies_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_, merged_ih_, merged_hh_;
   Sum *bias_x_[G], *bias_r_[G];

@@ -12,6 +12,9 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // More bytes than the second-level cache can hold until their turn comes again.
 constexpr int64_t in_no_cache_near_by = 1 << 21;
 
+// Vectors that a line of the cache holds.
+constexpr int vectors_of_line = 64 / FUSEDRNN_VECTOR_BYTES;
+
 // Makes the compiler load a vector once instead of reading it from memory wherever it is used.
 template <class V>
 FUSEDRNN_INLINE void to_register([[maybe_unused]] V& vector) {
@@ -194,9 +197,9 @@ struct Transposed<T, true> {
 };
 
 // out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). Each element is one chain of
-// additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it. If `fetch`,
-// as much from `next` on is fetched into the second-level cache.
-template <class T, int MR, int NV, bool add, bool fetch = false, class Left>
+// additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it. What lies from
+// `next` on is fetched into the second-level cache, `fetch` vectors in each step of k.
+template <class T, int MR, int NV, bool add, int fetch = 0, class Left>
 FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, int64_t ldo,
                           [[maybe_unused]] const T* next = nullptr) {
   using P = Product<T>;
@@ -216,12 +219,12 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
     left.fetch(k);
     constexpr int lines = MR <= 3 ? NV : 1;
 #pragma GCC unroll 8
-    for (int v = 0; v < lines; v += 64 / FUSEDRNN_VECTOR_BYTES)
+    for (int v = 0; v < lines; v += vectors_of_line)
       __builtin_prefetch(panel + ahead + v * width * P::depth);
-    if constexpr (fetch) {
+    if constexpr (fetch > 0) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v += 64 / FUSEDRNN_VECTOR_BYTES) __builtin_prefetch(next + v * width * P::depth, 0, 2);
-      next += NV * width * P::depth;
+      for (int v = 0; v < fetch; v += vectors_of_line) __builtin_prefetch(next + v * width * P::depth, 0, 2);
+      next += fetch * width * P::depth;
     }
 #pragma GCC unroll 2
     for (int part = 0; part < P::parts; ++part) {
@@ -309,7 +312,7 @@ class Fetches {
 };
 
 // A tile's chain of additions: of steps [first_k, first_k + K) of some rows, or of K steps of a transposed matrix.
-template <class T, int MR, int NV, bool add, bool fetch>
+template <class T, int MR, int NV, bool add, int fetch>
 static void rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
                        const T* next) {
   Rows<T, MR> left;
@@ -331,7 +334,8 @@ class Tiles {
   using OfRows = void (*)(int64_t, const T* const*, int64_t, const T*, SumOf<T>*, int64_t, const T*);
   using OfTransposed = void (*)(int64_t, Transposed<T>, const T*, SumOf<T>*, int64_t);
   struct Size {
-    OfRows rows[2], rows_and_fetch[2];  // by whether they add to what is there
+    // By whether they add to what is there; if they fetch, a line in each step or as much as they use.
+    OfRows rows[2], rows_and_line[2], rows_and_all[2];
     OfTransposed transposed[2];
   };
 
@@ -341,9 +345,11 @@ class Tiles {
  private:
   template <int MR, int NV>
   constexpr void fill() {
-    constexpr bool fetch = MR > 3;  // fewer rows are through a panel too fast
-    sizes_[NV][MR] = {{rows_chain<T, MR, NV, false, false>, rows_chain<T, MR, NV, true, false>},
-                      {rows_chain<T, MR, NV, false, fetch>, rows_chain<T, MR, NV, true, fetch>},
+    constexpr int all = MR > 3 ? NV : 0;  // fewer rows are through a panel too fast
+    constexpr int line = all < vectors_of_line ? all : vectors_of_line;
+    sizes_[NV][MR] = {{rows_chain<T, MR, NV, false, 0>, rows_chain<T, MR, NV, true, 0>},
+                      {rows_chain<T, MR, NV, false, line>, rows_chain<T, MR, NV, true, line>},
+                      {rows_chain<T, MR, NV, false, all>, rows_chain<T, MR, NV, true, all>},
                       {transposed_chain<T, MR, NV, false>, transposed_chain<T, MR, NV, true>}};
     if constexpr (MR < Block<T>::rows(NV))
       fill<MR + 1, NV>();
@@ -356,16 +362,18 @@ class Tiles {
 template <class T>
 constexpr Tiles<T> tiles{};
 
-// out(mr x nv vectors) = or += steps [first_k, first_k + K) of mr rows * panel. Before each chain something is fetched.
+// out(mr x nv vectors) = or += steps [first_k, first_k + K) of mr rows * panel. Before each chain something is fetched,
+// and `next`, if not null, meanwhile, `fetched` vectors in each step.
 template <class T>
 FUSEDRNN_INLINE void multiply_rows(int mr, int nv, int64_t K, const T* const* rows, int64_t first_k, const T* panel,
-                                   SumOf<T>* out, int64_t ldo, bool add, const T* next, Fetches* fetches) {
+                                   SumOf<T>* out, int64_t ldo, bool add, const T* next, int fetched,
+                                   Fetches* fetches) {
   const auto& size = tiles<T>.of(mr, nv);
-  const auto* chain = next ? size.rows_and_fetch : size.rows;
+  const auto* chain = !next ? size.rows : fetched < nv ? size.rows_and_line : size.rows_and_all;
   for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     if (fetches) fetches->next();
-    const int64_t done = k * nv * Block<T>::width;
-    chain[add || k > 0](n, rows, first_k + k, panel + done, out, ldo, next ? next + done : nullptr);
+    const int64_t done = k * Block<T>::width;
+    chain[add || k > 0](n, rows, first_k + k, panel + done * nv, out, ldo, next ? next + done * fetched : nullptr);
   });
 }
 
@@ -405,11 +413,13 @@ FUSEDRNN_INLINE void for_blocks(int64_t n, int nv, F&& f) {
 
 // out(n x nv vectors) = or += rows(n x K) * panel. Blocks of rows are of even size: 8 rows go as 4 + 4, not as 6 + 2.
 //
-// `next`: the panel that comes after this one, where it is likely to be in no cache near by, else null. The last block
-// of rows that a stretch is multiplied with fetches the stretch that comes next; otherwise the first block would wait
-// for all its lines, and the others would leave the way to the third-level cache unused. Zen 5, LSTM inference, 1
-// thread, 35,20,650,650 26.2 -> 24.9 ms, 100,32,512,512 66.1 -> 63.4, 50,64,1024,1024 283 -> 269; where 1 MB of L2
-// holds half the weights of a step it makes no difference. `fetches`: what else is fetched meanwhile, or null.
+// `next`: the panel that comes after this one, where it is likely to be in no cache near by, else null. The last blocks
+// of rows that a stretch is multiplied with fetch the stretch that comes next, a line in each step, or the last one
+// all if there are too few; otherwise the first block would wait for all its lines, and the others would leave the way
+// to the third-level cache unused. Zen 5, LSTM inference, 1 thread, not fetched and by the last block: 35,20,650,650
+// 26.2 -> 24.9 ms, 100,32,512,512 66.1 -> 63.4, 50,64,1024,1024 283 -> 269; by the last and by several: 21.6 -> 21.4,
+// 57.0 -> 56.4, 248 -> 227, on 2 threads 11.6 -> 11.4, 29.6 -> 29.3, 123 -> 116. Where 1 MB of L2 holds half the
+// weights of a step it makes no difference. `fetches`: what else is fetched meanwhile, or null.
 template <class T>
 static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* panel, int nv, SumOf<T>* out,
                            int64_t ldo, bool add = false, const T* next = nullptr, Fetches* fetches = nullptr) {
@@ -417,10 +427,21 @@ static void multiply_panel(const T* const* rows, int64_t n, int64_t K, const T* 
   const int64_t whole = K / depth * depth;
   for (int64_t k = 0; k < whole || k == 0; k += k_stretch<T>) {
     const T* stretch = panel + k * nv * Block<T>::width;
-    const T* after = next && k + k_stretch<T> < whole ? stretch + k_stretch<T> * nv * Block<T>::width : next;
+    const int64_t steps = smaller(k_stretch<T>, whole - k);
+    const T* after = next && k + steps < whole ? stretch + steps * nv * Block<T>::width : next;
+    int fetched = nv;
+    int64_t waiting = 0;  // blocks that fetch nothing
+    if (next) {
+      const int64_t blocks = ceil_div(n, Block<T>::most_rows[nv]), lines = ceil_div(nv, vectors_of_line);
+      const bool enough = blocks >= lines;
+      if (enough) fetched = (int)smaller(nv, vectors_of_line);
+      waiting = blocks - (enough ? lines : 1);
+    }
     for_blocks<T>(n, nv, [&](int64_t first, int count) __attribute__((always_inline)) {
-      multiply_rows<T>(count, nv, smaller(k_stretch<T>, whole - k), rows + first, k, stretch, out + first * ldo, ldo,
-                       add || k > 0, first + count == n ? after : nullptr, fetches);
+      const bool waits = !next || waiting-- > 0;
+      multiply_rows<T>(count, nv, steps, rows + first, k, stretch, out + first * ldo, ldo, add || k > 0,
+                       waits ? nullptr : after, fetched, fetches);
+      if (!waits) after += steps * fetched * Block<T>::width;
     });
   }
   if constexpr (depth > 1) {
@@ -443,11 +464,12 @@ struct Panels {
   int64_t K = 0, columns = 0;
   // Of several matrices of one shape, panel p of each stands side by side, in the order in which they are used.
   int matrices = 1, index = 0;
+  bool twice = false;  // there is a second copy of all of them, for every other step
 
   Panels() = default;
   // `vectors`: the most of a panel. `shares`: threads that divide the panels among themselves, as evenly as can be.
-  Panels(T* data, int64_t K, int64_t columns, int vectors, int shares = 1, int matrices = 1)
-      : data(data), K(K), columns(columns), matrices(matrices) {
+  Panels(T* data, int64_t K, int64_t columns, int vectors, int shares = 1, int matrices = 1, bool twice = false)
+      : data(data), K(K), columns(columns), matrices(matrices), twice(twice) {
     const int64_t all = ceil_div(columns, Block<T>::width);
     count_ = smaller(all, round_up(ceil_div(all, vectors), shares));
     narrow_ = count_ ? all / count_ : 0;
@@ -457,13 +479,27 @@ struct Panels {
   static int64_t padded(int64_t K) { return round_up(K, Product<T>::depth); }
   static int64_t size(int64_t K, int64_t columns) { return padded(K) * round_up(columns, Block<T>::width); }
   int64_t count() const { return count_; }
-  bool is_large() const { return matrices * size(K, columns) * (int64_t)sizeof(T) > in_no_cache_near_by; }
+  // Values of all matrices' panels.
+  int64_t copy_size() const { return matrices * size(K, columns); }
+  bool is_large() const { return copy_size() * (int64_t)sizeof(T) > in_no_cache_near_by; }
   T* panel(int64_t p) const {
     return data + (first(p) * matrices + index * vectors_of(p) * Block<T>::width) * padded(K);
   }
   int64_t first(int64_t p) const { return first_vector(p) * Block<T>::width; }
   int64_t last(int64_t p) const { return smaller(columns, first(p + 1)); }
   int vectors_of(int64_t p) const { return (int)(first_vector(p + 1) - first_vector(p)); }
+
+  // The copy for step i.
+  Panels at_step(int64_t i) const {
+    Panels copy = *this;
+    if (twice && i & 1) copy.data += copy_size();
+    return copy;
+  }
+  // Copies panel p, which has just been packed.
+  void repeat(int64_t p) const {
+    const int64_t values = vectors_of(p) * Block<T>::width * padded(K);
+    if (twice) __builtin_memcpy(panel(p) + copy_size(), panel(p), (size_t)values * sizeof(T));
+  }
 
  private:
   // Every so many panels one has a vector more than the others.

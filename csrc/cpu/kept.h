@@ -17,7 +17,9 @@ class KeptWeights {
   struct Key {
     const void *w_ih, *w_hh;
     int64_t gates, I, H, R;
-    int directions, input_vectors, vectors, shares, copies, vector_bytes, value_bytes;
+    int directions, input_vectors, vectors, shares, copies;
+    bool twice;
+    int vector_bytes, value_bytes;
     bool projected;
     int64_t merged;
     bool operator==(const Key& other) const;
