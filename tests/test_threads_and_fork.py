@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support import CELLS, TARGETS, Case, assert_equal, backward, call_of, run_script, threads
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import fusedrnn
@@ -46,6 +47,32 @@ def test_any_number_of_threads(target, cell):
             results.append(backward(module, *call))
     for result in results[1:]:
         assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T, B, I, H", [(40, 1, 64, 128), (20, 3, 96, 100), (20, 8, 64, 64), (5, 20, 32, 320)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.engine == "cpu"], ids=str)
+def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, T, B, I, H, packed):
+    """The division of the work goes by it."""
+    from fusedrnn import _cpu
+
+    projected = cell == "lstm" and H == 100
+    module = Case(target=target, cell=cell, dtype=dtype, directions=2, projected=projected, I=I, H=H).module()
+    input, states = call_of(module, T, B, requires_grad=True)
+    if packed:
+        input = pack_padded_sequence(input, 1 + torch.arange(B) * T // B, enforce_sorted=False)
+    results = []
+    try:
+        for nanoseconds in (1, 210, 1e6):
+            _cpu.assume_meeting_cost(nanoseconds)
+            with target.running(), threads(2):
+                results.append(backward(module, input, states))
+    finally:
+        _cpu.assume_meeting_cost(0)
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -715,6 +715,8 @@ PYBIND11_MODULE(_cpu, m) {
         return py::float_(meeting_cost());
       },
       "Nanoseconds that threads took to meet when a call measured it a moment ago; None if none did.");
+  m.def("assume_meeting_cost", &assume_meeting_cost, py::arg("nanoseconds"),
+        "For tests: threads take so long to meet from now on, or what calls measure again if that is not positive.");
   m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def(
       "multiplies_bfloat16", [] { return kernels().probes.dots_bf16 != nullptr; },

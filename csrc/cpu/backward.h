@@ -58,11 +58,19 @@ class BackwardPass {
     return larger(128, smaller(512, bytes / 16384));
   }
 
-  // A step is sooner worth its barrier than forward's, for there is much besides the steps (Zen 5, training of LSTM
-  // 1000,2,64,64 on 2 threads: 2.50 ms instead of 2.74).
+  // Steps are divided where that saves more than it costs: a barrier, and lines with the gradients of gates, at the step
+  // and in the products after it, which wait for them the longer the farther they come. That goes by what meetings cost
+  // now, for by units one thread computes the same, to the bit, as several. Zen 5, backward, 1 thread; 2 at 65 ns; at
+  // 210, us for each step: RNN 100,1,128,128 1.17; 0.83; 1.82. GRU 100,1,64,64 0.92; 0.81; 100,3,64,64 1.75; 1.37;
+  // 100,1,128,128 2.69; 1.86. LSTM 100,1,64,64 1.19; 0.93; 100,1,128,128 3.26; 2.27; 4.4; 100,2,128,128 5.1; 3.4; 7.3;
+  // 1000,2,64,64 1.43; 0.96.
+  static bool worth_barriers(const Backward<T>& a, int threads) {
+    const double cost = meeting_cost(), lines = lines_exchanged(a, G * a.H, threads);
+    return 1.3 * saved_by_units(a, G, threads) >= 60 + cost * (3 + lines * cost / 300);
+  }
   static Plan plan(const Backward<T>& a, int threads) {
     const bool by_rows = rows_enough_for_backward(a.seq.B, threads) && !weights_outweigh_rows(a, G, threads);
-    return make_plan<T>(a, G, threads, backward_chunk(a), by_rows, flops(a, G, a.seq.B) >= 6e4);
+    return make_plan<T>(a, G, threads, backward_chunk(a), by_rows, worth_barriers(a, threads));
   }
 
   // Bytes of the weights' gradients that each thread may have to itself. Backward on 2 threads (Zen 5), apart and

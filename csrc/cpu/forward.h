@@ -117,10 +117,8 @@ class ForwardPass {
   //   | RNN 1000,4,128  |                              | 1.30; 0.81; 1.78             |
   //   | LSTM 1000,4,128 |                              | 5.3; 2.7; 3.8                |
   static bool worth_barriers(const Forward<T>& a, int threads) {
-    const double work = flops(a, G, a.seq.B), saved = 1 - 1.0 / threads;
-    const double alone = work / peak<T>() + work / (double)larger(1, a.seq.B) / peak_of_reading<T>;
-    const double lines = saved * (double)(a.seq.B * a.R) * sizeof(T) / 64;
-    return saved * alone >= 60 + (2.5 + lines / 12) * meeting_cost();
+    const double meetings = 2.5 + lines_exchanged(a, a.R, threads) / 12;
+    return saved_by_units(a, G, threads) >= 60 + meetings * meeting_cost();
   }
 
   static Plan plan(const Forward<T>& a, int threads) {

@@ -67,6 +67,21 @@ static double flops(const Layer<T>& a, int gates, int64_t tokens) {
   return 2.0 * (double)tokens * (double)(a.I + a.R) * (double)(gates * a.H);
 }
 
+// Nanoseconds that a step of forward saves one thread that divides its units with others, about, but for what they
+// exchange.
+template <class T>
+static double saved_by_units(const Layer<T>& a, int gates, int threads) {
+  const double work = flops(a, gates, a.seq.B);
+  const double alone = work / peak<T>() + work / (double)larger(1, a.seq.B) / peak_of_reading<T>;
+  return alone * (1 - 1.0 / threads);
+}
+
+// Lines of the cache that come from other threads at a step, of which each row has `values` of all of them.
+template <class T>
+static double lines_exchanged(const Layer<T>& a, int64_t values, int threads) {
+  return (double)(a.seq.B * values) * sizeof(T) / 64 * (1 - 1.0 / threads);
+}
+
 // `by_rows`: threads divide rows; else units, if a step is worth its barrier.
 template <class T>
 static Plan make_plan(const Layer<T>& a, int gates, int threads, int64_t chunk_tokens, bool by_rows,

@@ -216,6 +216,11 @@ void measure_meetings(const Team& team) {
   holds_until = before + (cost > far ? 200 : 20) * ms;
 }
 
+void assume_meeting_cost(double nanoseconds) {
+  latest_cost = nanoseconds;
+  holds_until = nanoseconds > 0 ? INT64_MAX : INT64_MIN;
+}
+
 int threads_left_out() { return held_back > 0 && nanoseconds() < until ? held_back.load() : 0; }
 
 int undisturbed_threads(int threads) { return given = std::max(1, threads - threads_left_out()); }

@@ -64,4 +64,7 @@ bool meeting_cost_is_known();
 bool should_measure_meetings();
 void measure_meetings(const Team& team);
 
+// For tests: it costs so much from now on, or what is measured again if that is not positive.
+void assume_meeting_cost(double nanoseconds);
+
 }  // namespace fusedrnn
