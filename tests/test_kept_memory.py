@@ -81,6 +81,19 @@ def test_changes_that_no_version_counts(change, options):
         check(pair)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@torch.no_grad()
+def test_both_of_two_copies_change(kind):
+    """So many recurrent weights, and steps, that on some processors even and odd steps have a copy each."""
+    ours, theirs = getattr(fusedrnn, kind)(I, 128), getattr(torch.nn, kind)(I, 128)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(70, 2, I)
+    for _ in range(3):
+        for module in (ours, theirs):
+            module.weight_hh_l0.data[::3, ::5] *= -1
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_by_the_optimizer():
     pair = make()
     optimizer = torch.optim.SGD(pair[0].parameters(), 0.5)

@@ -11,7 +11,7 @@ from pairwise import pairwise
 from support import CELLS, DTYPES, Case, check, has_kernel, instruction_set, kernels
 
 import fusedrnn
-from fusedrnn import _cpu
+from fusedrnn import _cpu, cells
 from fusedrnn.bench import accuracy
 
 # Stock torch says so of itself, at the first such call.
@@ -111,6 +111,17 @@ def test_every_tail_of_a_block(target, cell, dtype):
     """Each number of columns up to a block's and each number of rows up to a block's, but not all pairs."""
     for H in range(1, 67):
         check(Case(target=target, cell=cell, dtype=dtype, T=2, B=1 + H % 13, I=1 + 5 * H % 67, H=H))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("target", "cell", "dtype"), BLOCKED, ids=str)
+def test_two_copies(target, cell, dtype, threads):
+    """Each thread has some 240 KB of recurrent weights, so that on some processors steps read two copies by turns."""
+    gates, projected = len(cells.CELLS[cell].gates), cell == "lstm" and threads == 2
+    weights = threads * (240 << 10) // dtype.itemsize // gates
+    H = int((2 * weights if projected else weights) ** 0.5)
+    sizes = {"T": 66, "B": 3 - threads, "I": 9, "H": H, "directions": 2}
+    check(Case(target=target, cell=cell, dtype=dtype, threads=threads, projected=projected, **sizes))
 
 
 @pytest.mark.full
