@@ -91,7 +91,8 @@ def test_both_of_two_copies_change(kind):
     for _ in range(3):
         for module in (ours, theirs):
             module.weight_hh_l0.data[::3, ::5] *= -1
-        torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
+        with threads(1):
+            torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_by_the_optimizer():

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import fusedrnn
+from fusedrnn import _cpu
 
 #: Enough work for the engines to share it among threads.
 SHAPE = {"T": 20, "B": 24, "I": 64, "H": 64}
@@ -50,14 +51,13 @@ def test_any_number_of_threads(target, cell):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T, B, I, H", [(40, 1, 64, 128), (20, 3, 96, 100), (20, 8, 64, 64), (5, 20, 32, 320)])
+@pytest.mark.parametrize("sizes", [(40, 1, 64, 128), (20, 3, 96, 100), (20, 8, 64, 64), (5, 20, 32, 320)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.engine == "cpu"], ids=str)
-def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, T, B, I, H, packed):
+def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, sizes, packed):
     """The division of the work goes by it."""
-    from fusedrnn import _cpu
-
+    T, B, I, H = sizes
     projected = cell == "lstm" and H == 100
     module = Case(target=target, cell=cell, dtype=dtype, directions=2, projected=projected, I=I, H=H).module()
     input, states = call_of(module, T, B, requires_grad=True)
@@ -262,4 +262,6 @@ def test_explain_tells_what_meetings_of_threads_cost():
             (decision,) = fusedrnn.explain(module, input).decisions
             if "ns to meet" in str(decision):
                 return
+    if _cpu.threads_left_out():
+        pytest.skip("another process keeps a core busy")
     pytest.fail("no call measured it")

@@ -58,10 +58,10 @@ class BackwardPass {
     return larger(128, smaller(512, bytes / 16384));
   }
 
-  // Steps are divided where that saves more than it costs: a barrier, and lines with the gradients of gates, at the step
-  // and in the products after it, which wait for them the longer the farther they come. That goes by what meetings cost
-  // now, for by units one thread computes the same, to the bit, as several. Zen 5, backward, 1 thread; 2 at 65 ns; at
-  // 210, us for each step: RNN 100,1,128,128 1.17; 0.83; 1.82. GRU 100,1,64,64 0.92; 0.81; 100,3,64,64 1.75; 1.37;
+  // Steps are divided where that saves more than it costs: a barrier, and lines with the gradients of gates, at the
+  // step and in the products after it, which wait for them the longer the farther they come. That goes by what meetings
+  // cost now, for by units one thread computes the same, to the bit, as several. Zen 5, backward, 1 thread; 2 at 65 ns;
+  // at 210, us for each step: RNN 100,1,128,128 1.17; 0.83; 1.82. GRU 100,1,64,64 0.92; 0.81; 100,3,64,64 1.75; 1.37;
   // 100,1,128,128 2.69; 1.86. LSTM 100,1,64,64 1.19; 0.93; 100,1,128,128 3.26; 2.27; 4.4; 100,2,128,128 5.1; 3.4; 7.3;
   // 1000,2,64,64 1.43; 0.96.
   static bool worth_barriers(const Backward<T>& a, int threads) {

@@ -219,8 +219,7 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
     left.fetch(k);
     constexpr int lines = MR <= 3 ? NV : 1;
 #pragma GCC unroll 8
-    for (int v = 0; v < lines; v += vectors_of_line)
-      __builtin_prefetch(panel + ahead + v * width * P::depth);
+    for (int v = 0; v < lines; v += vectors_of_line) __builtin_prefetch(panel + ahead + v * width * P::depth);
     if constexpr (fetch > 0) {
 #pragma GCC unroll 8
       for (int v = 0; v < fetch; v += vectors_of_line) __builtin_prefetch(next + v * width * P::depth, 0, 2);
@@ -366,8 +365,7 @@ constexpr Tiles<T> tiles{};
 // and `next`, if not null, meanwhile, `fetched` vectors in each step.
 template <class T>
 FUSEDRNN_INLINE void multiply_rows(int mr, int nv, int64_t K, const T* const* rows, int64_t first_k, const T* panel,
-                                   SumOf<T>* out, int64_t ldo, bool add, const T* next, int fetched,
-                                   Fetches* fetches) {
+                                   SumOf<T>* out, int64_t ldo, bool add, const T* next, int fetched, Fetches* fetches) {
   const auto& size = tiles<T>.of(mr, nv);
   const auto* chain = !next ? size.rows : fetched < nv ? size.rows_and_line : size.rows_and_all;
   for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {

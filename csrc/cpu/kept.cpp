@@ -40,9 +40,9 @@ Memory find(const KeptWeights::Key& key) {
 bool KeptWeights::Key::operator==(const Key& other) const {
   return w_ih == other.w_ih && w_hh == other.w_hh && gates == other.gates && I == other.I && H == other.H &&
          R == other.R && directions == other.directions && input_vectors == other.input_vectors &&
-         vectors == other.vectors && shares == other.shares && copies == other.copies &&
-         twice == other.twice && vector_bytes == other.vector_bytes && value_bytes == other.value_bytes &&
-         projected == other.projected && merged == other.merged;
+         vectors == other.vectors && shares == other.shares && copies == other.copies && twice == other.twice &&
+         vector_bytes == other.vector_bytes && value_bytes == other.value_bytes && projected == other.projected &&
+         merged == other.merged;
 }
 
 KeptWeights::KeptWeights(const Key& key, size_t bytes) : key_(key) {
