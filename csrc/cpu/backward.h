@@ -70,7 +70,9 @@ class BackwardPass {
   }
   static Plan plan(const Backward<T>& a, int threads) {
     const bool by_rows = rows_enough_for_backward(a.seq.B, threads) && !weights_outweigh_rows(a, G, threads);
-    return make_plan<T>(a, G, threads, backward_chunk(a), by_rows, worth_barriers(a, threads));
+    // So units are divided only among threads that have a core to themselves.
+    const int now = by_rows ? threads : undisturbed_threads(threads);
+    return make_plan<T>(a, G, now, backward_chunk(a), by_rows, worth_barriers(a, now));
   }
 
   // Bytes of the weights' gradients that each thread may have to itself. Backward on 2 threads (Zen 5), apart and
