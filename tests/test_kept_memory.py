@@ -63,11 +63,29 @@ def by_one_bit(weight):
     weight.detach().numpy().view(np.uint32)[3, 5] ^= np.uint32(1 << 31)
 
 
+def by_two_bits(distance):
+    """The sign of a weight, and a bit `distance` bytes behind it that could make up for it: see fingerprint, gemm.h."""
+
+    def change(weight):
+        halves = weight.detach().numpy().reshape(-1).view(np.uint32)
+        halves[5] ^= np.uint32(1 << 31)
+        halves[4 + distance // 4] ^= np.uint32(1 << 28)
+
+    change.__name__ = f"by_two_bits_{distance}"
+    return change
+
+
 def by_other_memory(weight):
     weight.data = -weight.data
 
 
-@pytest.mark.parametrize("change", [by_numpy, by_data, by_swapped_values, by_one_bit, by_other_memory])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(by_numpy, by_data, by_swapped_values, by_one_bit, by_other_memory),
+        *map(by_two_bits, (64, 128, 256, 512)),  # a vector, or one of each chain
+    ],
+)
 @pytest.mark.parametrize(
     "options", [{}, {"bidirectional": True}, {"proj_size": 7}, {"num_layers": 2, "bidirectional": True}], ids=str
 )

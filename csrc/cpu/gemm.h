@@ -543,20 +543,22 @@ static void pack_transposed(Panels<T>& packed, int64_t p, const Columns<T>& w) {
   if (large) P::S::finish_streams();
 }
 
-// A number that tells n values, and what came `before` them, from any others: those that differ in eight bytes of
-// these n surely, others but for one chance in 2^64. Each step is a bijection of what came before and of the vector
-// that comes in; several chains hide its latency. (Zen 5, 4 chains; 8, fetched 2 KB ahead, GB/s: from the second-level
-// cache 142; 218, from the third 101; 128, from memory 47; 53.)
+// A number that tells n values, and what came `before` them, from any others as good as surely. Each step is a
+// bijection of what came before and of the vector that comes in; several chains hide its latency. A product leaves a
+// difference in its highest bit alone where it is, so that another difference, a vector further on, could make up for
+// it: but then the plain sum of all differs. (Zen 5, 4 chains; 8, fetched 2 KB ahead, GB/s: from the second-level cache
+// 142; 218, from the third 101; 128, from memory 47; 53.)
 template <class T>
 static uint64_t fingerprint(const T* values, int64_t n, uint64_t before = 0) {
   using P = Product<T>;
   typedef uint64_t Bits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   constexpr int W = FUSEDRNN_VECTOR_BYTES / sizeof(T), chains = FUSEDRNN_VECTOR_BYTES == 64 ? 8 : 4;
   constexpr uint64_t odd = 0x9e3779b97f4a7c15u;  // 2^64 by the golden ratio
-  Bits chain[chains];
+  Bits chain[chains], sum{};
   for (int c = 0; c < chains; ++c) chain[c] = Bits{} + (before + (uint64_t)(n + c));
-  const auto take = [&](int c, typename P::V v) {
-    chain[c] = (chain[c] ^ (Bits)v) * odd;
+  const auto take = [&](int c, Bits v) {
+    sum += v;
+    chain[c] = (chain[c] ^ v) * odd;
     chain[c] = chain[c] << 29 | chain[c] >> 35;
   };
   int64_t k = 0;
@@ -564,11 +566,13 @@ static uint64_t fingerprint(const T* values, int64_t n, uint64_t before = 0) {
 #pragma GCC unroll 8
     for (int c = 0; c < chains; ++c) {
       __builtin_prefetch(values + k + c * W + 2048 / sizeof(T));
-      take(c, P::load(values + k + c * W));
+      take(c, (Bits)P::load(values + k + c * W));
     }
-  for (; k < n; k += W) take(0, P::load(values + k, smaller(W, n - k)));
+  for (; k < n; k += W) take(0, (Bits)P::load(values + k, smaller(W, n - k)));
+  const Bits plain = sum;
 #pragma GCC unroll 8
-  for (int c = 1; c < chains; ++c) take(0, (typename P::V)chain[c]);
+  for (int c = 1; c < chains; ++c) take(0, chain[c]);
+  take(0, plain);
   uint64_t all = 0;
   for (int lane = 0; lane < (int)(sizeof(Bits) / 8); ++lane) {
     all = (all ^ chain[0][lane]) * odd;
