@@ -17,25 +17,30 @@ class ForwardPass {
   //
   // LSTM inference, ms, apart and within the step:
   //
-  //   |                 | Zen 4        | 2 threads    | Zen 5      | 2 threads  |
-  //   | 100,4,128,128   |              |              | 0.51, 0.49 |            |
-  //   | 100,32,128,128  |              |              | 3.93, 3.72 | 2.06, 1.96 |
-  //   | 100,4,256,256   |              |              | 1.91, 2.09 | 0.98, 1.04 |
-  //   | 100,8,256,256   |              |              | 3.76, 3.80 | 2.03, 2.21 |
-  //   | 100,16,256,256  |              |              | 7.58, 7.45 | 3.93, 3.94 |
-  //   | 100,4,512,512   | 16.6, 16.2   | 8.6, 8.3     | 8.8, 11.1  | 4.1, 5.6   |
-  //   | 100,16,512,512  |              |              | 29.2, 28.9 | 15.4, 15.8 |
-  //   | 35,20,650,650   | 47.4, 45.4   |              | 21.1, 20.7 | 11.3, 11.5 |
-  //   | 20,4,1024,1024  | 15.3, 18.9   |              |            |            |
-  //   | 20,8,1024,1024  | 28.2, 28.8   |              | 13.3, 16.2 | 7.0, 8.4   |
-  //   | 20,32,1024,1024 | 104.9, 101.6 |              | 48.3, 47.6 | 25.5, 24.7 |
-  //   | 16,32,2048,2048 |              | 174.8, 183.3 |            |            |
+  //   |                 | Zen 4        | 2 threads    | Zen 5        | 2 threads  |
+  //   | 100,4,128,128   |              |              | 0.51, 0.49   |            |
+  //   | 100,32,128,128  |              |              | 3.93, 3.72   | 2.06, 1.96 |
+  //   | 100,4,256,256   |              |              | 1.91, 2.09   | 0.98, 1.04 |
+  //   | 100,8,256,256   |              |              | 3.76, 3.80   | 2.03, 2.21 |
+  //   | 100,10,300,300  |              |              | 6.55, 6.91   |            |
+  //   | 100,16,256,256  |              |              | 7.58, 7.45   | 3.93, 3.94 |
+  //   | 100,4,512,512   | 16.6, 16.2   | 8.6, 8.3     | 8.8, 11.1    | 4.1, 5.6   |
+  //   | 100,16,512,512  |              |              | 29.2, 28.9   | 15.6, 15.1 |
+  //   | 35,20,650,650   | 47.4, 45.4   |              | 21.1, 20.7   | 11.3, 10.9 |
+  //   | 20,4,1024,1024  | 15.3, 18.9   |              |              |            |
+  //   | 20,8,1024,1024  | 28.2, 28.8   |              | 13.3, 16.2   | 7.0, 8.4   |
+  //   | 50,16,1024,1024 |              |              | 59.3, 63.5   | 30.9, 32.5 |
+  //   | 50,24,1024,1024 |              |              | 83.8, 81.0   | 45.3, 43.5 |
+  //   | 20,32,1024,1024 | 104.9, 101.6 |              | 48.3, 47.6   | 25.5, 24.7 |
+  //   | 16,32,2048,2048 |              | 174.8, 183.3 |              |            |
   static bool input_products_within(const Forward<T>& a, int threads) {
-    const int64_t rows = rows_enough(a.seq.B, threads) ? ceil_div(a.seq.B, threads) : a.seq.B;
+    const bool by_rows = rows_enough(a.seq.B, threads) && !units_suit(a, threads);
+    const int64_t rows = by_rows ? ceil_div(a.seq.B, threads) : a.seq.B;
     const int64_t bytes = G * a.H * a.I * (int64_t)sizeof(T);
     const bool near_by = bytes <= 1 << 18;
     const int64_t fewest = near_by || !multiplies_fast() ? 4 : 13;
-    return !a.batch_invariant && rows >= fewest && bytes < rows << 21 && bytes <= int64_t{1} << 24;
+    const int64_t most_per_row = multiplies_fast() ? 700 << 10 : 1 << 21;
+    return !a.batch_invariant && rows >= fewest && bytes < rows * most_per_row && bytes <= int64_t{1} << 24;
   }
 
   ForwardPass(const Forward<T>& args, int threads, bool within)
@@ -48,7 +53,7 @@ class ForwardPass {
     in_place_ = keeps_gates_ && sizeof(T) == sizeof(Sum);
     gates_width_ = (in_place_ ? Cell::kept : G) * a_.H;
     const int64_t weights = a_.directions * G * a_.H * (a_.I + a_.R) * (int64_t)sizeof(T);
-    const bool may_keep = !a_.saved && a_.seq.tokens() <= 1024 && weights <= (int64_t)kept_limit();
+    const bool may_keep = !a_.saved && a_.seq.tokens() <= most_keeping && weights <= (int64_t)kept_limit();
     // Packing a weight costs about as much as eight uses of it unpacked; to look whether what is kept is still right,
     // as much as two.
     if (plan_.by_rows && weights / a_.directions <= most_copied) copies_ = plan_.threads;
@@ -84,6 +89,11 @@ class ForwardPass {
   }
 
  private:
+  // Tokens of a call that leaves its packed weights to the next: the more of them, the less packing matters. (Zen 5,
+  // inference, not kept and kept: LSTM 100,32,512,512 on 2 threads 29.15, 28.7 ms; GRU 200,16,256,256 10.83, 10.67;
+  // RNN 100,32,512,512 on 2 threads 7.52, 7.36.)
+  static constexpr int64_t most_keeping = 4096;
+
   // Nanoseconds of a meeting with which cores are near to each other.
   static constexpr double near = 130;
 
@@ -95,11 +105,14 @@ class ForwardPass {
   // 5: 100,16,512,512 15.0, 15.4; 35,20,650,650 10.9, 11.4; 100,32,512,512 29.5, 30.8; 20,32,1024,1024 24.2, 24.6;
   // 35,40,650,650 21.5, 21.4; 20,48,1024,1024 37.4, 36.1.
   static bool units_first(const Forward<T>& a, int threads) {
-    const int64_t few_rows = multiplies_fast() ? 17 : 8;  // a thread
     const double step = flops(a, G, a.seq.B) / peak<T>() / threads;
+    return units_suit(a, threads) && step > 300 * meeting_cost();
+  }
+  // But for what meetings cost now.
+  static bool units_suit(const Forward<T>& a, int threads) {
+    const int64_t few_rows = multiplies_fast() ? 17 : 8;  // a thread
     const bool enough_units = a.H >= 4 * W * threads;
-    return enough_units && outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads &&
-           step > 300 * meeting_cost();
+    return enough_units && outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads;
   }
 
   // Steps are divided where that saves more than it costs: a barrier, lines with h from another core, and tiles that
@@ -203,7 +216,7 @@ class ForwardPass {
     for (T*& h : h_) h = arena.take<T>(B * output_width_ + gaps);
     for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_ + gaps);
     if (a_.projected) unprojected_ = arena.take<T>(B * state_width_ + gaps);
-    if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * B * gates_width_);
+    if (!in_place_ && !within_) gates_ = arena.take<Sum>(plan_.chunk * gates_stride());
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
     sums_ = arena.take<Sum>(plan_.threads * sums_size());
     if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
@@ -374,10 +387,12 @@ class ForwardPass {
     packed.repeat(p);
   }
 
+  // Between the input products of two steps.
+  int64_t gates_stride() const { return a_.seq.B * gates_width_ + plan_.threads * gap<T>; }
   // Where the input products of row b at order i wait for their step.
   Sum* products_at(int d, int64_t begin, int64_t i, int64_t b) const {
     if (within_) return nullptr;
-    if (!in_place_) return gates_ + ((i - begin) * a_.seq.B + b) * gates_width_;
+    if (!in_place_) return gates_ + (i - begin) * gates_stride() + b * gates_width_ + gaps_[b];
     return reinterpret_cast<Sum*>(kept_at(d, i, b));
   }
 

@@ -1,9 +1,9 @@
 // Packed weights that outlive a call.
 //
 // Packing reads and writes all weights once: a fifth of LSTM 100,1,1024,1024, inference. So calls that go forward only,
-// with few tokens, leave them for the next call with the same weights. Those may have been changed meanwhile in ways
-// that nobody is told of (through NumPy, `.data`, another process), so each panel carries a fingerprint of what it was
-// packed from, which every call compares with the weights as they are.
+// without too many tokens, leave them for the next call with the same weights. Those may have been changed meanwhile in
+// ways that nobody is told of (through NumPy, `.data`, another process), so each panel carries a fingerprint of what it
+// was packed from, which every call compares with the weights as they are.
 #pragma once
 
 #include "memory.h"
