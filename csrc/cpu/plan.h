@@ -17,8 +17,9 @@ struct Plan {
   int64_t chunk;  // steps between meetings of recurrence and large products
   bool ragged;    // not all sequences need have all steps
 
-  // Threads that divide the hidden units.
+  // Threads that divide the hidden units; the rows.
   int shares() const { return by_rows ? 1 : threads; }
+  int row_shares() const { return by_rows ? threads : 1; }
 };
 
 // Whether each thread may have some sequences to itself.
@@ -46,13 +47,15 @@ constexpr double peak_of_reading = 640.0 / sizeof(T);
 
 // Whether backward divides by units though there are rows enough. By rows a step reads all recurrent weights once for a
 // thread's few rows; those that its second-level cache (1 MB here) cannot hold come from the third, for all threads at
-// once. Zen 5, 2 threads, LSTM, by rows and by units, ms: 100,32,512,512 76.0, 72.7; 128,8,256,256 7.4, 6.4;
-// 100,16,16,256 5.8, 5.7; 200,16,256,256 19.8, 19.4. With 32 rows a thread it makes no difference: 100,64,256,256 36.9,
-// 37.8. Forward has less to gain and sums nothing over rows: see there.
+// once. Zen 5, 2 threads, LSTM, by rows and by units, ms: 100,32,512,512 76.0, 72.7; 128,8,256,256 7.4, 6.4. With 32
+// rows a thread it makes no difference: 100,64,256,256 36.9, 37.8. Nor do so many units exchange much beside what they
+// compute. Up to 256 that is another matter where cores are far from each other: training of LSTM 200,16,256,256 23.0,
+// 23.3 near and 26.2, 28.3 far, of GRU 17.5, 17.3 and 20.2, 21.7. Forward has less to gain and sums nothing over rows:
+// see there.
 template <class T>
 static bool weights_outweigh_rows(const Layer<T>& a, int gates, int threads) {
-  const int64_t bytes = gates * a.H * a.R * (int64_t)sizeof(T);
-  return bytes >= 1 << 19 && a.seq.B < 32 * threads && a.H >= 4 * Block<T>::width * threads;
+  const int64_t bytes = gates * a.H * a.R * (int64_t)sizeof(T), few_rows = a.R > 256 ? 32 : 8;
+  return bytes >= 1 << 19 && a.seq.B < few_rows * threads && a.H >= 4 * Block<T>::width * threads;
 }
 
 // Whether so many values, all read at each step, are in no cache near by when their turn comes again.
