@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +251,24 @@ class TestFork:
                 check(list(loader), expected)
         """
         assert_passes(script, FUSEDRNN_ENGINE=name)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no list of threads")
+def test_threads_may_run_wherever_they_might_before():
+    """One that wakes on its caller's core is moved off it, by a change of its affinity that must not last."""
+
+    def affinities():
+        return {thread: os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+    module, x = fusedrnn.LSTM(64, 64), torch.randn(20, 24, 64)
+    with threads(2):
+        module(x)
+        before = affinities()
+        for _ in range(20):
+            time.sleep(0.02)
+            module(x)
+        after = affinities()
+    assert {thread: after[thread] for thread in before} == before
 
 
 @pytest.mark.skipif(TARGETS[0].engine != "cpu", reason="only the C++ engine measures it")
