@@ -90,8 +90,6 @@ class BackwardPass {
     constexpr int64_t line = 64 / sizeof(T);
     return round_up(slots_width(), line) + line;
   }
-  // Those of a thread's rows, whose memory it has to itself, see forward.h.
-  int64_t slots_size() const { return plan_.chunk * plan_.rows * slots_stride() + gap<T>; }
   int64_t chunk_tokens() const { return plan_.chunk * (apart_ ? plan_.rows : a_.seq.B); }
   int64_t sums_size() const { return (again() ? slots : 1) * group * Block<T>::max_columns; }
   // Products over tokens take this many at a time.
@@ -114,8 +112,7 @@ class BackwardPass {
     gaps_ = arena.take<int64_t>(B);
     for (int s = 0; s < states; ++s)
       carry_[s] = arena.take<Sum>(B * (s == 0 ? output_width_ : state_width_) + threads * gap<T>);
-    slots_at_ = arena.take<int64_t>(B);
-    d_slots_ = arena.take<T>(plan_.row_shares() * slots_size());
+    d_slots_ = {arena, plan_, B, slots_stride()};
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
     sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
@@ -265,11 +262,8 @@ class BackwardPass {
     }
     if (again()) pack_again(w, team);
     const Range rows = plan_.by_rows ? rows_part(a_.seq, team.rank, team.size) : part(a_.seq.B, team.rank, team.size);
-    const int64_t place = plan_.by_rows ? team.rank : 0, first_row = plan_.by_rows ? rows.first : 0;
-    for (int64_t b = rows.first; b < rows.last; ++b) {
-      gaps_[b] = place * gap<T>;
-      slots_at_[b] = place * slots_size() + (b - first_row) * slots_stride();
-    }
+    for (int64_t b = rows.first; b < rows.last; ++b) gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
+    d_slots_.place(plan_, team.rank, rows);
     for (int s = 0; s < states; ++s) {
       const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
       for (int64_t b = rows.first; b < rows.last; ++b) {
@@ -398,7 +392,7 @@ class BackwardPass {
   Sum* carry_at(int s, int64_t b) const { return carry_[s] + b * (s == 0 ? output_width_ : state_width_) + gaps_[b]; }
 
   // The step after i is still in these rings when step i needs it.
-  T* d_slots_at(int64_t i, int64_t b) const { return d_slots_ + slots_at_[b] + turn(i) * plan_.rows * slots_stride(); }
+  T* d_slots_at(int64_t i, int64_t b) const { return d_slots_.at(turn(i), b); }
   T* d_h_at(int64_t i, int64_t b) const { return d_h_ + ring(i, b) * a_.R; }
 
   // Order i of the rows and units of one thread; order -1 leaves the gradients of the initial states.
@@ -741,10 +735,10 @@ class BackwardPass {
   const bool fetches_;         // a step fetches weights before it needs them
   const bool fetches_values_;  // and what forward has kept
   Panels<T> w_ih_, w_hh_, w_hr_;
-  int64_t* gaps_;       // see gap
-  int64_t* slots_at_;   // where the gradients of the slots of each row begin
-  Sum* carry_[states];  // gradients that reach the states from the step after, except through the products
-  T *d_slots_, *d_h_;   // rings of a chunk's steps: gradients of the slots, and of a projected h
+  int64_t* gaps_;         // see gap
+  Sum* carry_[states];    // gradients that reach the states from the step after, except through the products
+  ChunkRows<T> d_slots_;  // rings of a chunk's steps: gradients of the slots
+  T* d_h_;                // and of a projected h
   T *zeros_, *panels_, *blocks_;
   Sum *sums_, *sum_slots_, *private_;
   Sum* d_reset_[states];  // where the gradients of the reset states are added up; null what is not wanted

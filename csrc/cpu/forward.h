@@ -219,10 +219,7 @@ class ForwardPass {
     for (T*& h : h_) h = arena.take<T>(B * output_width_ + gaps);
     for (int s = narrow && !a_.projected ? 0 : 1; s < states; ++s) state_[s] = arena.take<Sum>(B * state_width_ + gaps);
     if (a_.projected) unprojected_ = arena.take<T>(B * state_width_ + gaps);
-    if (!in_place_ && !within_) {
-      gates_at_ = arena.take<int64_t>(B);
-      gates_ = arena.take<Sum>(plan_.row_shares() * gates_size());
-    }
+    if (!in_place_ && !within_) gates_ = {arena, plan_, B, gates_width_};
     if (a_.h_mask) masked_ = arena.take<T>(plan_.threads * B * output_width_);
     sums_ = arena.take<Sum>(plan_.threads * sums_size());
     if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
@@ -353,10 +350,9 @@ class ForwardPass {
         bias_r_[g][j] = apart(g) ? r : Sum(0);
       }
     const Range rows = plan_.by_rows ? share.rows : part(a_.seq.B, team.rank, team.size);
-    const int64_t place = plan_.by_rows ? team.rank : 0, first_row = plan_.by_rows ? rows.first : 0;
+    gates_.place(plan_, team.rank, rows);
     for (int64_t b = rows.first; b < rows.last; ++b) {
-      gaps_[b] = place * gap<T>;
-      if (gates_at_) gates_at_[b] = place * gates_size() + (b - first_row) * gates_width_;
+      gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
       for (int s = 0; s < states; ++s) {
         const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
         const T* initial = a_.initial(d, s, 0, b);
@@ -395,16 +391,10 @@ class ForwardPass {
     packed.repeat(p);
   }
 
-  // Input products of a thread's rows, at a step and in a chunk, whose memory it has to itself: with rows of others in
-  // between, which no cache near by holds either, they come slowly where cores are far apart. (Zen 5, 2 threads, LSTM
-  // inference 200,16,256,256 apart, near and far: a page between rows of different threads 7.72, 8.97 ms;
-  // so 7.71, 8.17.)
-  int64_t gates_stride() const { return plan_.rows * gates_width_; }
-  int64_t gates_size() const { return plan_.chunk * gates_stride() + gap<T>; }
   // Where the input products of row b at order i wait for their step.
   Sum* products_at(int d, int64_t begin, int64_t i, int64_t b) const {
     if (within_) return nullptr;
-    if (!in_place_) return gates_ + gates_at_[b] + (i - begin) * gates_stride();
+    if (!in_place_) return gates_.at(i - begin, b);
     return reinterpret_cast<Sum*>(kept_at(d, i, b));
   }
 
@@ -722,13 +712,13 @@ class ForwardPass {
   int64_t between_directions_ = 0, between_copies_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_, merged_ih_, merged_hh_;
   Sum *bias_x_[G], *bias_r_[G];
-  int64_t* gaps_;                // see gap
-  int64_t* gates_at_ = nullptr;  // where the gates of each row begin
-  T* h_[2];                      // h of the previous step and of this one, in turn
+  int64_t* gaps_;  // see gap
+  T* h_[2];        // h of the previous step and of this one, in turn
   // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
   Sum* state_[states] = {};
   T *unprojected_, *masked_, *copies_of_panels_;
-  Sum *gates_, *sums_;
+  ChunkRows<Sum> gates_;  // input products, unless they lie in place or the step makes them
+  Sum* sums_;
   const T** left_;
   Sum** places_;
 };
