@@ -1,10 +1,10 @@
 // What a cell is, for every engine.
 //
-// A cell is a struct of constants and two functions, forward and backward, for one hidden unit at one time step. It
-// has no loops over units and no memory: an engine's time loop loads the arguments and stores the results. M is the
-// engine's arithmetic: M::V is a few SIMD vectors of units on the CPU and a float on a GPU; it has + - * / and the
-// functions M::sigmoid, tanh, relu, where_positive, multiply_add and zero. The constants tell the loop what the cell
-// needs:
+// A cell is a struct of constants and functions, forward in two halves and backward, for one hidden unit at one time
+// step. It has no loops over units and no memory: an engine's time loop loads the arguments and stores the results. M
+// is the engine's arithmetic: M::V is a few SIMD vectors of units on the CPU and a float on a GPU; it has + - * / and
+// the functions M::sigmoid, tanh, relu, where_positive, multiply_add and zero. The constants tell the loop what the
+// cell needs:
 //
 //   gates            row blocks of W_ih and W_hh, in torch's order
 //   states           values carried from step to step; the first is the output h
@@ -15,9 +15,13 @@
 //   recurrent_slot[g]  the slot of gate g's recurrent product; equal to input_slot[g] where only their sum matters
 //   kept             values per unit that forward leaves for backward, in the places of the slots, either 0 or `slots`
 //
-//   forward(x, r, prev, next, keep)             x, r: input and recurrent products per gate; prev, next: states
+//   activate(x, r, keep)                        x, r: input and recurrent products per gate; keep: `slots` values
+//   advance(keep, prev, next)                   prev, next: states; keep: then complete
 //   backward(keep, prev, next, dnext, dprev, d) dnext: gradient of the new states; dprev: gradient of the previous
 //                                               states except through the products; d: gradients per slot
+//
+// Nothing waits for a result of the other half's kind: so a loop can run each half for many units, whose chains of a
+// hundred cycles the processor computes side by side.
 #pragma once
 
 #ifdef __CUDACC__

@@ -12,11 +12,16 @@ struct Gru {
   static constexpr int input_slot[] = {1, 2, 0}, recurrent_slot[] = {1, 2, 3};
 
   template <class M, class V = typename M::V>
-  FUSEDRNN_CELL void forward(const V* x, const V* rec, const V* prev, V* next, V* keep) {
+  FUSEDRNN_CELL void activate(const V* x, const V* rec, V* keep) {
     const V r = M::sigmoid(x[0] + rec[0]), z = M::sigmoid(x[1] + rec[1]);
-    const V n = M::tanh(x[2] + r * rec[2]);
+    keep[0] = x[2] + r * rec[2], keep[1] = r, keep[2] = z, keep[3] = rec[2];
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void advance(V* keep, const V* prev, V* next) {
+    const V n = M::tanh(keep[0]), z = keep[2];
     next[0] = n + z * (prev[0] - n);
-    keep[0] = n, keep[1] = r, keep[2] = z, keep[3] = rec[2];
+    keep[0] = n;
   }
 
   template <class M, class V = typename M::V>

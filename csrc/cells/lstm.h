@@ -11,12 +11,16 @@ struct Lstm {
   static constexpr int input_slot[] = {0, 1, 2, 3}, recurrent_slot[] = {0, 1, 2, 3};
 
   template <class M, class V = typename M::V>
-  FUSEDRNN_CELL void forward(const V* x, const V* r, const V* prev, V* next, V* keep) {
-    const V i = M::sigmoid(x[0] + r[0]), f = M::sigmoid(x[1] + r[1]);
-    const V g = M::tanh(x[2] + r[2]), o = M::sigmoid(x[3] + r[3]);
+  FUSEDRNN_CELL void activate(const V* x, const V* r, V* keep) {
+    keep[0] = M::sigmoid(x[0] + r[0]), keep[1] = M::sigmoid(x[1] + r[1]);
+    keep[2] = M::tanh(x[2] + r[2]), keep[3] = M::sigmoid(x[3] + r[3]);
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void advance(V* keep, const V* prev, V* next) {
+    const V i = keep[0], f = keep[1], g = keep[2], o = keep[3];
     next[1] = M::multiply_add(f, prev[1], i * g);
     next[0] = o * M::tanh(next[1]);
-    keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o;
   }
 
   template <class M, class V = typename M::V>

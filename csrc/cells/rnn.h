@@ -10,8 +10,13 @@ struct RnnTanh {
   static constexpr int input_slot[] = {0}, recurrent_slot[] = {0};
 
   template <class M, class V = typename M::V>
-  FUSEDRNN_CELL void forward(const V* x, const V* r, const V*, V* next, V*) {
-    next[0] = M::tanh(x[0] + r[0]);
+  FUSEDRNN_CELL void activate(const V* x, const V* r, V* keep) {
+    keep[0] = x[0] + r[0];
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void advance(V* keep, const V*, V* next) {
+    next[0] = M::tanh(keep[0]);
   }
 
   template <class M, class V = typename M::V>
@@ -26,8 +31,13 @@ struct RnnRelu {
   static constexpr int input_slot[] = {0}, recurrent_slot[] = {0};
 
   template <class M, class V = typename M::V>
-  FUSEDRNN_CELL void forward(const V* x, const V* r, const V*, V* next, V*) {
-    next[0] = M::relu(x[0] + r[0]);
+  FUSEDRNN_CELL void activate(const V* x, const V* r, V* keep) {
+    keep[0] = x[0] + r[0];
+  }
+
+  template <class M, class V = typename M::V>
+  FUSEDRNN_CELL void advance(V* keep, const V*, V* next) {
+    next[0] = M::relu(keep[0]);
   }
 
   template <class M, class V = typename M::V>

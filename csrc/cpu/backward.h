@@ -31,6 +31,15 @@ class BackwardPass {
   }
 
  private:
+  // Where what one step needs of one row lies, and what it leaves; null what there is not.
+  struct Place {
+    const T *kept, *before[states], *after[states];  // by forward: by the cell, its states
+    const T *d_output, *d_states[states];            // given gradients
+    Sum* carry[states];                              // gradients from the step after, then for the one before
+    T* d_slots;
+    int64_t lots[states];  // of zoneout
+  };
+
   // What one thread works on, and what it has to itself.
   struct Own {
     Range rows, units, outputs;  // sequences; panels of hidden units; panels of h (the units' unless projected)
@@ -38,6 +47,7 @@ class BackwardPass {
     Range token_rows, token_units, token_outputs;
     Sum* sums;       // products of a group of rows with a panel
     const T** left;  // rows to multiply
+    Place* places;   // of each of its rows at the step under way
     // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
     const T **x, **h_before, **unprojected, **d_slots, **d_h;
     T** d_x;
@@ -92,6 +102,8 @@ class BackwardPass {
   }
   int64_t chunk_tokens() const { return plan_.chunk * (apart_ ? plan_.rows : a_.seq.B); }
   int64_t sums_size() const { return (again() ? slots : 1) * group * Block<T>::max_columns; }
+  // Of one thread, none near those of another.
+  int64_t places_each() const { return plan_.rows + 4096 / (int64_t)sizeof(Place) + 1; }
   // Products over tokens take this many at a time.
   int64_t slice() const { return larger(1, smaller(512, chunk_tokens())); }
   // Whole groups of tokens.
@@ -116,6 +128,7 @@ class BackwardPass {
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
     sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
+    places_ = arena.take<Place>(threads * places_each());
     tokens_ = arena.take<const T*>(threads * 5 * tokens + rows_ahead);
     d_x_ = arena.take<T*>(threads * tokens);
     panels_ = arena.take<T>(threads * padded(slice()) * panel_columns);
@@ -164,6 +177,7 @@ class BackwardPass {
     o.token_units = a_.projected ? panels(w_hr_, apart_) : o.token_outputs;
     o.sums = sums_ + rank * sums_size();
     o.left = left_ + rank * group;
+    o.places = places_ + rank * places_each() - o.rows.first;
     const T** list = tokens_ + rank * 5 * tokens;
     o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
     o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
@@ -362,7 +376,8 @@ class BackwardPass {
     }
     for (int s = 0; s < states; ++s)
       prev[s] = s == 0 && a_.projected ? M::zero() : M::load(o.again_prev[s][token] + j, lanes);
-    Cell::template forward<M>(x, r, prev, next, keep);
+    Cell::template activate<M>(x, r, keep);
+    Cell::template advance<M>(keep, prev, next);
     T* to = o.again_to[token] + j;
     for (int k = 0; k < Cell::kept; ++k) M::store(to + k * a_.H, keep[k], lanes);
     for (int s = 0; s < states; ++s) M::store(to + (Cell::kept + s) * a_.H, next[s], lanes);
@@ -404,6 +419,7 @@ class BackwardPass {
       for (int64_t b = first; b < after; ++b)
         for (int s = 1; s < states && a_.seq.cut(d, i + 1, b); ++s)
           leave_segment(d, s, b, mine, carry_at(s, b) + mine.first);
+    for (int64_t b = first; b < now; ++b) find_place(d, i, b, o.places[b]);
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t k = o.outputs.first; k < o.outputs.last; ++k) {
       const int64_t p = in_turn(o.outputs, k, i);
@@ -411,14 +427,14 @@ class BackwardPass {
           k + 1 < o.outputs.last ? in_turn(o.outputs, k + 1, i) : in_turn(o.outputs, o.outputs.first, i - 1);
       const T* fetched = fetches_ ? w_hh_.panel(next) : nullptr;
       for_groups<T>(first, both, [&](int64_t row, int64_t n) {
-        Fetches fetches((w_hh_.last(p) - w_hh_.first(p)) * (int64_t)sizeof(T));
-        if (!a_.projected) list_values(fetches, d, w_hh_, p, G * a_.H, i, row, n);
+        Fetches fetches;
+        if (!a_.projected) list_values(fetches, o, w_hh_, p, G * a_.H, row, n);
         multiply_slots(d, o, p, i + 1, row, n, fetched, &fetches);
-        output_gradients(d, o, p, i, row, n);
+        output_gradients(o, p, i, row, n);
       });
       for_groups<T>(both, now, [&](int64_t row, int64_t n) {
         for (int64_t k = 0; k < n * w_hh_.vectors_of(p) * W; ++k) o.sums[k] = 0;
-        output_gradients(d, o, p, i, row, n);
+        output_gradients(o, p, i, row, n);
       });
       for_groups<T>(larger(first, now), after, [&](int64_t row, int64_t n) {
         multiply_slots(d, o, p, i + 1, row, n, fetched, nullptr);
@@ -433,12 +449,12 @@ class BackwardPass {
       if (!plan_.by_rows) team.sync();
       for (int64_t p = o.units.first; p < o.units.last; ++p)
         for_groups<T>(first, now, [&](int64_t row, int64_t n) {
-          Fetches fetches((w_hr_.last(p) - w_hr_.first(p)) * (int64_t)sizeof(T));
-          list_values(fetches, d, w_hr_, p, a_.R, i, row, n);
+          Fetches fetches;
+          list_values(fetches, o, w_hr_, p, a_.R, row, n);
           for (int64_t k = 0; k < n; ++k) o.left[k] = d_h_at(i, row + k);
           multiply_panel<T>(o.left, n, a_.R, w_hr_.panel(p), w_hr_.vectors_of(p), o.sums, w_hr_.vectors_of(p) * W,
                             false, nullptr, &fetches);
-          gate_gradients(d, o, w_hr_, p, i, row, n);
+          gate_gradients(o, w_hr_, p, row, n);
         });
     }
     if (!plan_.by_rows) team.sync();
@@ -447,21 +463,36 @@ class BackwardPass {
   const Panels<T>& units() const { return a_.projected ? w_hr_ : w_hh_; }
 
   // What the gates of a panel's units will read, to be fetched during a product over K that comes before.
-  void list_values(Fetches& fetches, int d, const Panels<T>& panels, int64_t p, int64_t K, int64_t i, int64_t row,
+  void list_values(Fetches& fetches, const Own& o, const Panels<T>& panels, int64_t p, int64_t K, int64_t row,
                    int64_t n) {
     if (!fetches_values_) return;
-    const int64_t first = panels.first(p), t = time(d, i);
+    const Range units{panels.first(p), panels.last(p)};
     for (int64_t b = row; b < row + n; ++b) {
+      const Place& at = o.places[b];
       if (!again())
-        for (int k = 0; k < Cell::kept; ++k)
-          fetches.add(saved_of(d).kept + ((a_.seq.start(t) + b) * Cell::kept + k) * a_.H + first);
+        for (int k = 0; k < Cell::kept; ++k) fetches.add(at.kept + k * a_.H, units);
       // The states after the step are those before the next, which has read them already.
-      for (int s = 0; s < states; ++s) fetches.add(before(d, s, i, b) + first);
-      if (a_.d_output.data && !a_.projected) fetches.add(a_.d_output.at(a_.seq, t, b) + d * a_.R + first);
+      for (int s = 0; s < states; ++s) fetches.add(at.before[s], units);
+      if (at.d_output && !a_.projected) fetches.add(at.d_output, units);
       for (int s = 1; s < states; ++s)
-        if (a_.d_states[s].data) fetches.add(a_.d_states[s].at(a_.seq, t, b) + d * a_.H + first);
+        if (at.d_states[s]) fetches.add(at.d_states[s], units);
     }
     fetches.divide(count_tiles<T>(n, K, panels.vectors_of(p)));
+  }
+
+  void find_place(int d, int64_t i, int64_t b, Place& at) const {
+    const int64_t t = time(d, i), token = a_.seq.start(t) + b;
+    const Saved<const T> saved = saved_of(d);
+    at.kept = again() ? kept_at(i, b) : saved.kept + token * Cell::kept * a_.H;
+    at.d_output = a_.d_output.data ? a_.d_output.at(a_.seq, t, b) + d * a_.R : nullptr;
+    for (int s = 0; s < states; ++s) {
+      at.before[s] = before(d, s, i, b);
+      at.after[s] = again() ? at.kept + (Cell::kept + s) * a_.H : saved.state[s] + token * a_.H;
+      at.d_states[s] = s > 0 && a_.d_states[s].data ? a_.d_states[s].at(a_.seq, t, b) + d * a_.H : nullptr;
+      at.carry[s] = carry_at(s, b);
+      if (a_.zoneout.on()) at.lots[s] = a_.lots_at(d, s, t, b);
+    }
+    at.d_slots = d_slots_at(i, b);
   }
 
   // sums = gradients of the recurrent products at order i, times W_hh. Where a segment starts there nothing is left.
@@ -494,71 +525,72 @@ class BackwardPass {
     }
   }
 
-  // Completes the gradient of h, and goes on to the gates unless the projection comes between.
-  void output_gradients(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+  // Goes on from the gradients that came through the recurrent products: to the gates or, if there is a projection, to
+  // its output, which makes the gradient of h complete.
+  void output_gradients(const Own& o, int64_t p, int64_t i, int64_t row, int64_t n) {
+    if (!a_.projected) return gate_gradients(o, w_hh_, p, row, n);
     const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) {
-      const int64_t b = row + k;
-      const T* given = a_.d_output.data ? a_.d_output.at(a_.seq, time(d, i), b) + d * a_.R + first : nullptr;
-      Sum* carry = carry_at(0, b) + first;
+      const Place& at = o.places[row + k];
       for (int64_t j = 0; j < columns; j += W) {
-        V sum = S::load(o.sums + k * ldo + j) + S::load(carry + j);
-        if (given) sum += S::load(given + j, (int)smaller(W, columns - j));
-        S::store(o.sums + k * ldo + j, sum);
-        if (a_.projected) {
-          S::store(d_h_at(i, b) + first + j, sum, (int)smaller(W, columns - j));
-          S::store(carry + j, V{});
-        }
+        const int lanes = (int)smaller(W, columns - j);
+        V sum = S::load(o.sums + k * ldo + j) + S::load(at.carry[0] + first + j);
+        if (at.d_output) sum += S::load(at.d_output + first + j, lanes);
+        S::store(d_h_at(i, row + k) + first + j, sum, lanes);
+        S::store(at.carry[0] + first + j, V{});
       }
     }
-    if (!a_.projected) gate_gradients(d, o, w_hh_, p, i, row, n);
   }
 
-  // Through the cell: sums hold the gradient of the units of one panel.
-  void gate_gradients(int d, const Own& o, const Panels<T>& panels, int64_t p, int64_t i, int64_t row, int64_t n) {
-    const int64_t first = panels.first(p), last = panels.last(p), ldo = panels.vectors_of(p) * W, H = a_.H;
-    const Saved<const T> saved = saved_of(d);
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t b = row + k, token = a_.seq.start(time(d, i)) + b;
-      const T* kept = again() ? kept_at(i, b) : saved.kept + token * Cell::kept * H;
-      const T *prev_at[states], *next_at[states], *given[states] = {};
-      for (int s = 0; s < states; ++s) {
-        prev_at[s] = before(d, s, i, b);
-        next_at[s] = again() ? kept + (Cell::kept + s) * H : saved.state[s] + token * H;
-      }
-      for (int s = 1; s < states; ++s)
-        if (a_.d_states[s].data) given[s] = a_.d_states[s].at(a_.seq, time(d, i), b) + d * H;
-      T* d_slots = d_slots_at(i, b);
-      for_vectors<T>(first, last, [&](auto math, int64_t j, int lanes) __attribute__((always_inline)) {
-        using M = decltype(math);
-        typename M::V keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
-        for (int s = 0; s < Cell::kept; ++s) keep[s] = M::load(kept + s * H + j, lanes);
-        for (int s = 0; s < states; ++s) {
-          // The h before a projection has no previous value; no cell that can be projected asks for one.
-          prev[s] = s == 0 && a_.projected ? M::zero() : M::load(prev_at[s] + j, lanes);
-          next[s] = M::load(next_at[s] + j, lanes);
-        }
-        d_next[0] = M::load(o.sums + k * ldo + j - first);
-        for (int s = 1; s < states; ++s) {
-          d_next[s] = M::load(carry_at(s, b) + j);
-          if (given[s]) d_next[s] = d_next[s] + M::load(given[s] + j, lanes);
-        }
-        typename M::V d_past[states];  // what goes past the cell
-        for (int s = 0; s < states; ++s) {
-          d_past[s] = M::zero();
-          if (a_.zoneout.rate[s] > 0) {
-            const auto stays = zoned_out<M, Sum>(a_.zoneout, s, a_.lots_at(d, s, time(d, i), b) + j);
-            d_past[s] = stays * d_next[s];
-            d_next[s] = (Sum(1) - stays) * d_next[s];
-          }
-        }
-        Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
-        for (int s = 0; s < states; ++s) d_prev[s] = d_prev[s] + d_past[s];
-        if (!a_.projected) M::store(carry_at(0, b) + j, d_prev[0]);
-        for (int s = 1; s < states; ++s) M::store(carry_at(s, b) + j, d_prev[s]);
-        for (int s = 0; s < slots; ++s) M::store(d_slots + s * H + j, d_slot[s], lanes);
-      });
+  // Through the cell: sums hold the gradient of the units of one panel, but for what comes to h from elsewhere. Rows
+  // within, for what is the same for all of them to stay in registers.
+  void gate_gradients(const Own& o, const Panels<T>& panels, int64_t p, int64_t row, int64_t n) {
+    a_.zoneout.on() ? gate_gradients<true>(o, panels, p, row, n) : gate_gradients<false>(o, panels, p, row, n);
+  }
+  template <bool zoneout>
+  void gate_gradients(const Own& o, const Panels<T>& panels, int64_t p, int64_t row, int64_t n) {
+    const int64_t first = panels.first(p), ldo = panels.vectors_of(p) * W;
+    for_vectors<T>(first, panels.last(p), [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < n; ++k)
+        cell_gradients<decltype(M), zoneout>(o.places[row + k], o.sums + k * ldo + (j - first), j, lanes);
+    });
+  }
+
+  template <class M, bool zoneout, class Value = typename M::V>
+  inline __attribute__((always_inline)) void cell_gradients(const Place& at, const Sum* sums, int64_t j,
+                                                            int lanes) const {
+    Value keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
+    for (int k = 0; k < Cell::kept; ++k) keep[k] = M::load(at.kept + k * a_.H + j, lanes);
+    for (int s = 0; s < states; ++s) {
+      // The h before a projection has no previous value; no cell that can be projected asks for one.
+      prev[s] = s == 0 && a_.projected ? M::zero() : M::load(at.before[s] + j, lanes);
+      next[s] = M::load(at.after[s] + j, lanes);
     }
+    d_next[0] = M::load(sums);
+    if (!a_.projected) {
+      d_next[0] = d_next[0] + M::load(at.carry[0] + j);
+      if (at.d_output) d_next[0] = d_next[0] + M::load(at.d_output + j, lanes);
+    }
+    for (int s = 1; s < states; ++s) {
+      d_next[s] = M::load(at.carry[s] + j);
+      if (at.d_states[s]) d_next[s] = d_next[s] + M::load(at.d_states[s] + j, lanes);
+    }
+    Value d_past[states];  // what goes past the cell
+    if constexpr (zoneout)
+      for (int s = 0; s < states; ++s) {
+        d_past[s] = M::zero();
+        if (a_.zoneout.rate[s] > 0) {
+          const auto stays = zoned_out<M, Sum>(a_.zoneout, s, at.lots[s] + j);
+          d_past[s] = stays * d_next[s];
+          d_next[s] = (Sum(1) - stays) * d_next[s];
+        }
+      }
+    Cell::template backward<M>(keep, prev, next, d_next, d_prev, d_slot);
+    if constexpr (zoneout)
+      for (int s = 0; s < states; ++s) d_prev[s] = d_prev[s] + d_past[s];
+    if (!a_.projected) M::store(at.carry[0] + j, d_prev[0]);
+    for (int s = 1; s < states; ++s) M::store(at.carry[s] + j, d_prev[s]);
+    for (int s = 0; s < slots; ++s) M::store(at.d_slots + s * a_.H + j, d_slot[s], lanes);
   }
 
   void initial_gradients(int d, const Own& o, int64_t p, int64_t row, int64_t n) {
@@ -743,6 +775,7 @@ class BackwardPass {
   Sum *sums_, *sum_slots_, *private_;
   Sum* d_reset_[states];  // where the gradients of the reset states are added up; null what is not wanted
   const T **left_, **tokens_;
+  Place* places_;
   T** d_x_;
   T* masked_;  // ring of h as it enters the recurrent products, if they see it through a mask
   Panels<T> again_ih_[G], again_hh_[G];

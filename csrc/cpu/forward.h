@@ -92,6 +92,21 @@ class ForwardPass {
   }
 
  private:
+  struct Destination;
+
+  // A thread's share of every division, and its own scratch.
+  struct Share {
+    // Sequences; panels of hidden units, and of the same units in W_ih; panels of the output h.
+    Range rows, units, inputs, outputs;
+    int copy;          // of the packed weights
+    Sum* sums;         // products of a group of rows with one panel per gate
+    const T** left;    // rows to multiply
+    Sum** places;      // where their products go
+    Destination* to;   // of each of its rows at the step under way
+    T* masked;         // h as it enters the recurrent products, if they see it through a mask
+    T* copy_of_panel;  // its weights as they lay before they were packed, of those that are kept
+  };
+
   // Tokens of a call that leaves its packed weights to the next: the more of them, the less packing matters. (Zen 5,
   // inference, not kept and kept: LSTM 100,32,512,512 on 2 threads 29.15, 28.7 ms; GRU 200,16,256,256 10.83, 10.67;
   // RNN 100,32,512,512 on 2 threads 7.52, 7.36.)
@@ -210,10 +225,9 @@ class ForwardPass {
   void lay_out(Arena& arena) {
     const int64_t B = a_.seq.B;
     if (!keeps_) lay_out_weights(arena);
-    for (int g = 0; g < G; ++g) {
-      bias_x_[g] = arena.take<Sum>(state_width_);
-      bias_r_[g] = arena.take<Sum>(state_width_);
-    }
+    Sum *const bias_x = arena.take<Sum>(G * state_width_), *const bias_r = arena.take<Sum>(G * state_width_);
+    for (int g = 0; g < G; ++g) bias_x_[g] = bias_x + g * state_width_, bias_r_[g] = bias_r + g * state_width_;
+    zeros_ = arena.take<Sum>(Block<T>::max_columns);
     const int64_t gaps = plan_.threads * gap<T>;
     gaps_ = arena.take<int64_t>(B);
     for (T*& h : h_) h = arena.take<T>(B * output_width_ + gaps);
@@ -225,17 +239,20 @@ class ForwardPass {
     if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
     places_ = arena.take<Sum*>(plan_.threads * pointers());
+    destinations_ = arena.take<Destination>(plan_.threads * destinations_each());
   }
 
   static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
   // Weights of a panel, at most.
   int64_t panel_size() const { return Block<T>::max_columns * larger(a_.I, a_.projected ? larger(a_.H, a_.R) : a_.R); }
+  // Of one thread, none near those of another.
+  int64_t destinations_each() const { return plan_.rows + 4096 / (int64_t)sizeof(Destination) + 1; }
   int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
 
   void work(const Team& team) {
     if (team.rank == 0) team_size_ = team.size;
     if (team.size != plan_.threads) return;
-    Share<T> share{};
+    Share share{};
     const bool by_rows = plan_.by_rows;
     share.copy = copies_ > 1 ? team.rank : 0;
     share.rows = by_rows ? rows_part(a_.seq, team.rank, team.size) : Range{0, a_.seq.B};
@@ -250,6 +267,7 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
+    share.to = destinations_ + team.rank * destinations_each() - share.rows.first;
     if (keeps_) share.copy_of_panel = copies_of_panels_ + team.rank * panel_size();
     if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
@@ -258,6 +276,7 @@ class ForwardPass {
       prepare(d, share, team);
       team.sync();
       if (d == 0 && measures_) measure_meetings(team);
+      for (int64_t b = share.rows.first; b < share.rows.last; ++b) start_destination(b, share.to[b]);
       for (int64_t begin = 0; begin < a_.seq.T; begin += plan_.chunk) {
         const int64_t end = smaller(a_.seq.T, begin + plan_.chunk);
         if (!within_) project_inputs(d, share, begin, end);
@@ -312,7 +331,7 @@ class ForwardPass {
   }
 
   // Packs weights, adds biases, copies initial states: a part each, but of weights of which each has a copy all.
-  void prepare(int d, const Share<T>& share, const Team& team) {
+  void prepare(int d, const Share& share, const Team& team) {
     const Weights<const T>& w = a_.weights[d];
     const int64_t H = a_.H, of_input = w_ih_[0].count(), panels = w_hh_[0].count();
     const auto mine = [&](int64_t n) { return copies_ > 1 ? Range{0, n} : part(n, team.rank, team.size); };
@@ -351,6 +370,8 @@ class ForwardPass {
       }
     const Range rows = plan_.by_rows ? share.rows : part(a_.seq.B, team.rank, team.size);
     gates_.place(plan_, team.rank, rows);
+    if (team.rank == 0)
+      for (int64_t j = 0; j < Block<T>::max_columns; ++j) zeros_[j] = 0;
     for (int64_t b = rows.first; b < rows.last; ++b) {
       gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
       for (int s = 0; s < states; ++s) {
@@ -411,7 +432,7 @@ class ForwardPass {
   }
 
   // gates = x W_ih^T + bias for the rows and units of one thread, orders [begin, end).
-  void project_inputs(int d, const Share<T>& share, int64_t begin, int64_t end) {
+  void project_inputs(int d, const Share& share, int64_t begin, int64_t end) {
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i)
       for (int64_t b = share.rows.first; b < smaller(share.rows.last, a_.seq.size(time(d, i))); ++b) {
@@ -443,6 +464,14 @@ class ForwardPass {
       });
   }
 
+  // What some rows have as inputs at time t, of which each turn has a part fetched. (Zen 5, inference, 1 thread, LSTM
+  // 100,64,256,256 28.8 -> 28.5 ms, GRU 21.65 -> 21.25.)
+  void list_inputs(Fetches& fetches, const Share& share, int64_t t, int64_t turn, int64_t row, int64_t n) const {
+    const Range some = part(a_.I, (int)(turn - share.units.first), (int)(share.units.last - share.units.first));
+    const int64_t last = smaller(row + n, a_.seq.size(t));
+    for (int64_t b = row; b < last; ++b) fetches.add(a_.input.at(a_.seq, t, b), some);
+  }
+
   // Units whose gates a step computes together: those of a panel, or those that share vectors (see merged_), whose
   // gates lie side by side in a panel of their own.
   struct Units {
@@ -460,7 +489,7 @@ class ForwardPass {
   }
 
   // What step i uses after the k-th of its matrices, W_ih's gates first if it has them, at a turn of its units.
-  const T* next_panel(int d, const Share<T>& share, int64_t i, int64_t turn, int k) const {
+  const T* next_panel(int d, const Share& share, int64_t i, int64_t turn, int k) const {
     if (!fetches_) return nullptr;
     Units at = units(in_turn(share.units, turn, i));
     if (++k == (within_ ? 2 : 1) * at.matrices) {
@@ -474,7 +503,7 @@ class ForwardPass {
   }
 
   // One time step for the rows and units of one thread.
-  void step(int d, const Share<T>& share, int64_t begin, int64_t i) {
+  void step(int d, const Share& share, int64_t begin, int64_t i) {
     const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
     const T* all_h = h_[i & 1];
     const auto entering = [&](int64_t b) { return a_.h_mask ? share.masked + b * output_width_ : h_at(i, b); };
@@ -485,15 +514,17 @@ class ForwardPass {
     if (a_.h_mask)
       for (int64_t b = share.rows.first; b < last_row; ++b)
         apply_mask(h_at(i, b), a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
+    for (int64_t b = share.rows.first; b < last_row; ++b) find_destination(d, begin, i, t, b, share.to[b]);
     for (int64_t turn = share.units.first; turn < share.units.last; ++turn) {
       const Units mine = units(in_turn(share.units, turn, i));
       const int64_t first = mine.first, last = mine.last;
       const int nv = mine.vectors, matrices = mine.matrices;
-      const Places at(mine.merged() ? merged_ : 0, group * nv * W);
+      const Places at = places(mine);
       for_groups<T>(share.rows.first, last_row, [&](int64_t row, int64_t n) {
-        Fetches fetches((last - first) * (int64_t)sizeof(T));
+        Fetches fetches;
         if (fetches_values_) {
-          for (int64_t k = 0; k < n; ++k) destination(d, begin, i, t, row + k).list(fetches, first, a_.H, streams_);
+          for (int64_t k = row; k < row + n; ++k) share.to[k].list(fetches, {first, last}, a_.H, streams_);
+          if (within_ && i + 1 < a_.seq.T) list_inputs(fetches, share, time(d, i + 1), turn, row, n);
           fetches.divide(matrices * (count_tiles<T>(n, a_.R, nv) + (within_ ? count_tiles<T>(n, a_.I, nv) : 0)));
         }
         if (within_) {
@@ -506,96 +537,143 @@ class ForwardPass {
         for (int k = 0; k < matrices; ++k) {
           const int g = (int)in_turn({0, matrices}, k, i);
           multiply(share.left, n, of(d, share.copy, mine.recurrent[g]).at_step(i), mine.panel,
-                   a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g],
-                   within_ && at.input[g] == at.recurrent[g],
+                   a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g], within_ && !at.apart[g],
                    next_panel(d, share, i, turn, (within_ ? matrices : 0) + k), &fetches);
         }
-        for (int64_t k = 0; k < n; ++k) {
-          const Destination to = destination(d, begin, i, t, row + k);
+        // Rows within, for what is the same for all of them to stay in registers.
+        const auto each = [&](auto&& compute) __attribute__((always_inline)) {
           for_vectors<T>(first, last, [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
-            gates<decltype(M)>(to, h_at(i, row + k), share.sums + k * nv * W + (j - first), at, j, lanes);
+            for (int64_t k = 0; k < n; ++k)
+              compute(M, share.to[row + k], share.sums + k * nv * W + (j - first), j, lanes);
           });
-        }
+        };
+        if (a_.zoneout.on())
+          compute_gates<true>(at, each);
+        else
+          compute_gates<false>(at, each);
       });
     }
   }
 
-  // Where in the sums of a panel those of each gate begin: in a plane of their slot or, of units that share vectors,
-  // side by side, those of the inputs in a plane of their own if the cell wants any apart. What lies behind a gate's
-  // there is computed with, as is the padding of states, and means nothing.
+  // Where values of each gate begin: in the sums of a panel those of its products, in a plane of their slot or, of
+  // units that share vectors, side by side, those of the inputs in a plane of their own if the cell wants any apart;
+  // and what to.x points at. What lies behind a gate's there is computed with, as is the padding of states, and means
+  // nothing.
   struct Places {
-    int64_t input[G], recurrent[G];
-    Places(int64_t merged, int64_t plane) {
-      for (int g = 0; g < G; ++g) {
-        input[g] = merged ? g * merged : Cell::input_slot[g] * plane;
-        recurrent[g] = merged ? (any_apart() ? plane : 0) + g * merged : Cell::recurrent_slot[g] * plane;
-      }
-    }
+    int64_t input[G], recurrent[G], slot[Cell::slots], x[G];
+    bool apart[G];  // products of the inputs are still to be added
   };
+  Places places(const Units& mine) const {
+    const int64_t plane = group * mine.vectors * W;
+    Places at;
+    for (int g = 0; g < G; ++g) {
+      const int input = Cell::input_slot[g], recurrent = Cell::recurrent_slot[g];
+      at.input[g] = mine.merged() ? g * merged_ : input * plane;
+      at.recurrent[g] = mine.merged() ? (any_apart() ? plane : 0) + g * merged_ : recurrent * plane;
+      at.slot[input] = at.input[g], at.slot[recurrent] = at.recurrent[g];
+      at.apart[g] = within_ && at.input[g] != at.recurrent[g];
+      at.x[g] = within_ ? g * state_width_ : (in_place_ ? input : g) * a_.H;
+    }
+    return at;
+  }
 
   // Where one row's values of one step go; null what is not wanted.
   struct Destination {
-    Sum* products;  // of the inputs, unless the step makes them
+    const Sum* x;  // the inputs' products, or the biases if the step makes those
+    const T* h_before;
     T *kept, *h, *output;
     Sum* state[states];      // carried states, see state_
     T* every_state[states];  // their values at each step
     T* saved_state[states];  // for backward
     int64_t lots[states];    // of zoneout
 
-    // Where units from `first` on go, but for what is streamed.
-    void list(Fetches& fetches, int64_t first, int64_t H, bool streams) const {
-      fetches.add(h + first);
-      if (output) fetches.add(output + first);
+    // Where some units go, but for what is streamed.
+    void list(Fetches& fetches, Range units, int64_t H, bool streams) const {
+      fetches.add(h, units);
+      if (output) fetches.add(output, units);
       for (int s = 0; s < states; ++s) {
-        if (state[s]) fetches.add(state[s] + first);
-        if (every_state[s]) fetches.add(every_state[s] + first);
-        if (saved_state[s] && !streams) fetches.add(saved_state[s] + first);
+        if (state[s]) fetches.add(state[s], units);
+        if (every_state[s]) fetches.add(every_state[s], units);
+        if (saved_state[s] && !streams) fetches.add(saved_state[s], units);
       }
       if (kept && !streams)
-        for (int k = 0; k < Cell::kept; ++k) fetches.add(kept + k * H + first);
+        for (int k = 0; k < Cell::kept; ++k) fetches.add(kept + k * H, units);
     }
   };
 
-  Destination destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b) const {
-    Destination to{};
-    to.products = products_at(d, begin, i, b);
-    if (keeps_gates_) to.kept = kept_at(d, i, b);
-    to.h = a_.projected ? unprojected_at(b) : h_at(i + 1, b);
-    if (a_.output.data && !a_.projected) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+  // Of one row, what is the same at all steps.
+  void start_destination(int64_t b, Destination& to) const {
+    to = {};
+    if (within_) to.x = bias_x_[0];
+    if (a_.projected) to.h = unprojected_at(b);
     for (int s = 0; s < states; ++s)
       if (state_[s]) to.state[s] = carried_at(s, b);
-    for (int s = 1; s < states; ++s) {
-      if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
-    }
-    for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
-    if (a_.saved)
-      for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
-    return to;
   }
 
-  // The gates of units [j, j + M::width) of one row.
+  // The rest, at order i.
+  void find_destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b, Destination& to) const {
+    if (!within_) to.x = products_at(d, begin, i, b);
+    if (!a_.projected) {
+      to.h_before = h_at(i, b), to.h = h_at(i + 1, b);
+      if (a_.output.data) to.output = a_.output.at(a_.seq, t, b) + d * a_.R;
+    }
+    for (int s = 1; s < states; ++s)
+      if (a_.states[s].data) to.every_state[s] = a_.states[s].at(a_.seq, t, b) + d * a_.H;
+    if (keeps_gates_) to.kept = kept_at(d, i, b);
+    if (a_.saved)
+      for (int s = 0; s < states; ++s) to.saved_state[s] = saved(d).state[s] + (a_.seq.start(t) + b) * a_.H;
+    if (a_.zoneout.on())
+      for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
+  }
+
+  // The gates of some rows and units, of which `each` makes the round. The second half of a cell waits for the first, so
+  // all take the first before; what it leaves lies where the sums did. (Zen 5, inference, at once and so, ms: LSTM
+  // 100,32,128,128 3.69, 3.65; 128,8,64,64 0.343, 0.334; 1000,4,128,128 4.71, 4.64; 100,1,128,128 0.206, 0.201; GRU
+  // 1000,4,128,128 3.57, 3.51.)
+  template <bool zoneout, class Each>
+  inline __attribute__((always_inline)) void compute_gates(const Places& at, Each&& each) const {
+    constexpr bool apart = Cell::kept > 0;
+    each([&](auto M, const Destination& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
+      typename decltype(M)::V keep[Cell::slots];
+      activate<decltype(M)>(to, sums, at, j, lanes, keep);
+      if constexpr (apart)
+        for (int k = 0; k < Cell::slots; ++k) M.store(sums + at.slot[k], keep[k], lanes);
+      else
+        advance<decltype(M), zoneout>(to, keep, j, lanes);
+    });
+    if constexpr (apart)
+      each([&](auto M, const Destination& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
+        typename decltype(M)::V keep[Cell::slots];
+        for (int k = 0; k < Cell::slots; ++k) keep[k] = M.load(sums + at.slot[k]);
+        advance<decltype(M), zoneout>(to, keep, j, lanes);
+      });
+  }
+
+  // Both halves of the cell, for units [j, j + M::width) of one row.
   template <class M, class V = typename M::V>
-  inline __attribute__((always_inline)) void gates(const Destination& to, const T* h, const Sum* sums, const Places& at,
-                                                   int64_t j, int lanes) const {
-    V x[G], r[G], prev[states], next[states], keep[Cell::slots];
+  inline __attribute__((always_inline)) void activate(const Destination& to, const Sum* sums, const Places& at,
+                                                      int64_t j, int lanes, V* keep) const {
+    V x[G], r[G];
     for (int g = 0; g < G; ++g) {
-      if (within_) {
-        x[g] = M::load(bias_x_[g] + j);
-        if (at.input[g] != at.recurrent[g]) x[g] = x[g] + M::load(sums + at.input[g]);
-      } else {
-        x[g] = M::load(to.products + (in_place_ ? Cell::input_slot[g] : g) * a_.H + j, lanes);
-      }
+      x[g] = M::load(to.x + at.x[g] + j, lanes);
       r[g] = M::load(sums + at.recurrent[g]);
+      if (any_apart()) x[g] = x[g] + M::load(at.apart[g] ? sums + at.input[g] : zeros_);
       if (apart(g)) r[g] = r[g] + M::load(bias_r_[g] + j);
     }
+    Cell::template activate<M>(x, r, keep);
+  }
+
+  template <class M, bool zoneout, class V = typename M::V>
+  inline __attribute__((always_inline)) void advance(const Destination& to, V* keep, int64_t j, int lanes) const {
+    V prev[states], next[states];
     if constexpr (narrow)
       prev[0] = a_.projected ? M::zero() : M::load(to.state[0] + j);
     else
-      prev[0] = a_.projected ? M::zero() : M::load(h + j);
+      prev[0] = a_.projected ? M::zero() : M::load(to.h_before + j);
     for (int s = 1; s < states; ++s) prev[s] = M::load(to.state[s] + j);
-    Cell::template forward<M>(x, r, prev, next, keep);
+    Cell::template advance<M>(keep, prev, next);
     for (int s = 0; s < states; ++s)
-      if (a_.zoneout.rate[s] > 0) {
+      if (zoneout && a_.zoneout.rate[s] > 0) {
         const V stays = zoned_out<M, Sum>(a_.zoneout, s, to.lots[s] + j);
         // What has no share has none even if it is infinite or NaN.
         const V before = M::where_positive(stays, prev[s]), after = M::where_positive(Sum(1) - stays, next[s]);
@@ -622,7 +700,7 @@ class ForwardPass {
   }
 
   // h = W_hr (o tanh c) for the rows and outputs of one thread.
-  void project_output(int d, const Share<T>& share, int64_t i) {
+  void project_output(int d, const Share& share, int64_t i) {
     const int64_t t = time(d, i), last_row = smaller(share.rows.last, a_.seq.size(t));
     for (int64_t p = share.outputs.first; p < share.outputs.last; ++p) {
       const int64_t first = w_hr_.first(p), columns = w_hr_.last(p) - first, ldo = w_hr_.vectors_of(p) * W;
@@ -643,7 +721,7 @@ class ForwardPass {
   }
 
   // Final states of the rows whose sequence ends with order i.
-  void finish(int d, const Share<T>& share, int64_t i) {
+  void finish(int d, const Share& share, int64_t i) {
     const int64_t active = a_.seq.size(time(d, i));
     const int64_t stay = i + 1 < a_.seq.T ? smaller(active, a_.seq.size(time(d, i + 1))) : 0;
     for (int64_t b = larger(share.rows.first, stay); b < smaller(share.rows.last, active); ++b)
@@ -657,7 +735,7 @@ class ForwardPass {
   }
 
   // Of the rows whose segment starts with order i, the states of the reset in place of those carried there.
-  void start_anew(int d, const Share<T>& share, int64_t i) {
+  void start_anew(int d, const Share& share, int64_t i) {
     for (int64_t b = share.rows.first; b < share.rows.last; ++b)
       if (a_.seq.cut(d, i, b))
         for (int s = 0; s < states; ++s) {
@@ -682,7 +760,7 @@ class ForwardPass {
   T* unprojected_at(int64_t b) const { return unprojected_ + b * state_width_ + gaps_[b]; }
 
   // The columns of state s that one thread computes.
-  Range columns(const Share<T>& share, int s) const {
+  Range columns(const Share& share, int s) const {
     if (s == 0 && a_.projected) return columns_of(w_hr_, share.outputs);
     if (share.units.first == share.units.last) return {0, 0};
     return {units(share.units.first).first, units(share.units.last - 1).last};
@@ -711,7 +789,7 @@ class ForwardPass {
   bool twice_;              // in each of them two of W_hh
   int64_t between_directions_ = 0, between_copies_ = 0;
   Panels<T> w_ih_[G], w_hh_[G], w_hr_, merged_ih_, merged_hh_;
-  Sum *bias_x_[G], *bias_r_[G];
+  Sum *bias_x_[G], *bias_r_[G], *zeros_;
   int64_t* gaps_;  // see gap
   T* h_[2];        // h of the previous step and of this one, in turn
   // The other states, and h where h_ has fewer bits: what a GRU adds at a step may be less than those can hold.
@@ -721,6 +799,7 @@ class ForwardPass {
   Sum* sums_;
   const T** left_;
   Sum** places_;
+  Destination* destinations_;
 };
 
 // The same results for any number of threads, so it leaves out those that are in somebody's way.

@@ -9,6 +9,10 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+struct Range {
+  int64_t first, last;
+};
+
 // More bytes than the second-level cache can hold until their turn comes again.
 constexpr int64_t in_no_cache_near_by = 1 << 21;
 
@@ -292,22 +296,28 @@ FUSEDRNN_INLINE int64_t count_tiles(int64_t n, int64_t K, int vectors) {
 // inference: not fetched 103.0, 69.2, 65.0 ms; all at once 103.1, 71.2, 66.3; between tiles 99.4, 66.6, 64.0).
 class Fetches {
  public:
-  // `bytes` from each place on.
-  explicit Fetches(int64_t bytes) : bytes_(bytes) {}
-  FUSEDRNN_ALWAYS_INLINE void add(const void* place) {
-    if (count_ < most) places_[count_++] = static_cast<const char*>(place);
+  // Values `some` of those from `first` on.
+  template <class T>
+  FUSEDRNN_ALWAYS_INLINE void add(const T* first, Range some) {
+    if (count_ < most)
+      places_[count_++] = {reinterpret_cast<const char*>(first + some.first),
+                           (some.last - some.first) * (int64_t)sizeof(T)};
   }
   // To be called after the last place: how many tiles there will be.
   FUSEDRNN_ALWAYS_INLINE void divide(int64_t tiles) { at_once_ = ceil_div(count_, larger(1, tiles)); }
   FUSEDRNN_ALWAYS_INLINE void next() {
     for (const int64_t end = smaller(done_ + at_once_, count_); done_ < end; ++done_)
-      for (int64_t k = 0; k < bytes_; k += 64) __builtin_prefetch(places_[done_] + k);
+      for (int64_t k = 0; k < places_[done_].bytes; k += 64) __builtin_prefetch(places_[done_].first + k);
   }
 
  private:
   static constexpr int64_t most = 400;
-  int64_t bytes_, count_ = 0, done_ = 0, at_once_ = 0;
-  const char* places_[most];
+  struct Place {
+    const char* first;
+    int64_t bytes;
+  };
+  int64_t count_ = 0, done_ = 0, at_once_ = 0;
+  Place places_[most];
 };
 
 // A tile's chain of additions: of steps [first_k, first_k + K) of some rows, or of K steps of a transposed matrix.

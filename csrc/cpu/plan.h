@@ -111,10 +111,6 @@ static int panel_vectors(const Plan& plan, int64_t H) {
   return vectors;
 }
 
-struct Range {
-  int64_t first, last;
-};
-
 // Whether even and odd steps have a copy each of a thread's recurrent weights: where few rows wait for the cache to
 // deliver them, it is slow to deliver the same soon again (see rereads_slowly), and holds both. Zen 5, 1 thread, LSTM
 // inference 100,1,128,128 0.232 -> 0.204 ms, 100,2,128,128 0.304 -> 0.278, training 0.594 -> 0.547; GRU inference
@@ -175,19 +171,6 @@ static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t
       for (int64_t j = 0; j < width; ++j) row[j] = 0;
     }
 }
-
-// A thread's share of every division, and its own scratch.
-template <class T>
-struct Share {
-  // Sequences; panels of hidden units, and of the same units in W_ih; panels of the output h.
-  Range rows, units, inputs, outputs;
-  int copy;           // of the packed weights
-  SumOf<T>* sums;     // products of a group of rows with one panel per gate
-  const T** left;     // rows to multiply
-  SumOf<T>** places;  // where their products go
-  T* masked;          // h as it enters the recurrent products, if they see it through a mask
-  T* copy_of_panel;   // its weights as they lay before they were packed, of those that are kept
-};
 
 // What rows of different threads share costs them dearly where the host has put their cores far from each other, even
 // what is only read. Zen 4, 2 threads, LSTM, ms, for seconds 4.38 at 100,32,128,128 (inference) and for seconds 5.15:

@@ -123,7 +123,8 @@ class ForwardPass {
       Real x[rows], next[states], keep[Cell::slots];
       FUSEDRNN_UNROLL
       for (int g = 0; g < rows; ++g) x[g] = convert<Real>(f.x[g]);
-      Cell::template forward<Math<Real>>(x, sums, state, next, keep);
+      Cell::template activate<Math<Real>>(x, sums, keep);
+      Cell::template advance<Math<Real>>(keep, state, next);
       const int64_t token = d_ * a_.tokens + clock_.token(t, b), tokens = a_.directions * a_.tokens;
       const gptr<Value> kept(static_cast<Value*>(a_.kept), tokens * Cell::kept * H);
       if (kept) {
