@@ -626,8 +626,8 @@ class ForwardPass {
       for (int s = 0; s < states; ++s) to.lots[s] = a_.lots_at(d, s, t, b);
   }
 
-  // The gates of some rows and units, of which `each` makes the round. The second half of a cell waits for the first, so
-  // all take the first before; what it leaves lies where the sums did. (Zen 5, inference, at once and so, ms: LSTM
+  // The gates of some rows and units, of which `each` makes the round. The second half of a cell waits for the first,
+  // so all take the first before; what it leaves lies where the sums did. (Zen 5, inference, at once and so, ms: LSTM
   // 100,32,128,128 3.69, 3.65; 128,8,64,64 0.343, 0.334; 1000,4,128,128 4.71, 4.64; 100,1,128,128 0.206, 0.201; GRU
   // 1000,4,128,128 3.57, 3.51.)
   template <bool zoneout, class Each>

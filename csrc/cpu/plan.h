@@ -33,9 +33,6 @@ static inline bool rows_enough(int64_t B, int threads) { return B >= 4 * threads
 // 1.01, 0.89.
 static inline bool rows_enough_for_backward(int64_t B, int threads) { return B >= 2 * threads; }
 
-// Whether a core multiplies twice as fast beside its caches as one with vectors of 32 bytes.
-static inline bool multiplies_fast() { return FUSEDRNN_VECTOR_BYTES == 64 && multiplies_512_bits(); }
-
 // Flops a nanosecond of one core at best, about, and if it reads weights for one row only.
 template <class T>
 static double peak() {
