@@ -626,8 +626,10 @@ static void multiply_unpacked(const T* const* rows, int64_t n, int64_t K, const 
         }
       }
       S::transpose(sum);
-#pragma GCC unroll 16
-      for (int i = 1; i < W; ++i) sum[0] += sum[i];
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
       S::store(out + r * ldo + c - first, sum[0]);
     }
 }
