@@ -102,8 +102,6 @@ class BackwardPass {
   }
   int64_t chunk_tokens() const { return plan_.chunk * (apart_ ? plan_.rows : a_.seq.B); }
   int64_t sums_size() const { return (again() ? slots : 1) * group * Block<T>::max_columns; }
-  // Of one thread, none near those of another.
-  int64_t places_each() const { return plan_.rows + 4096 / (int64_t)sizeof(Place) + 1; }
   // Products over tokens take this many at a time.
   int64_t slice() const { return larger(1, smaller(512, chunk_tokens())); }
   // Whole groups of tokens.
@@ -128,7 +126,7 @@ class BackwardPass {
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
     sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
-    places_ = arena.take<Place>(threads * places_each());
+    places_ = {arena, plan_, B};
     tokens_ = arena.take<const T*>(threads * 5 * tokens + rows_ahead);
     d_x_ = arena.take<T*>(threads * tokens);
     panels_ = arena.take<T>(threads * padded(slice()) * panel_columns);
@@ -177,7 +175,7 @@ class BackwardPass {
     o.token_units = a_.projected ? panels(w_hr_, apart_) : o.token_outputs;
     o.sums = sums_ + rank * sums_size();
     o.left = left_ + rank * group;
-    o.places = places_ + rank * places_each() - o.rows.first;
+    o.places = places_.of(team.rank);
     const T** list = tokens_ + rank * 5 * tokens;
     o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
     o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
@@ -277,7 +275,7 @@ class BackwardPass {
     if (again()) pack_again(w, team);
     const Range rows = plan_.by_rows ? rows_part(a_.seq, team.rank, team.size) : part(a_.seq.B, team.rank, team.size);
     for (int64_t b = rows.first; b < rows.last; ++b) gaps_[b] = plan_.by_rows ? team.rank * gap<T> : 0;
-    d_slots_.place(plan_, team.rank, rows);
+    d_slots_.place(plan_, team.rank, rows, a_.seq.B);
     for (int s = 0; s < states; ++s) {
       const int64_t width = a_.state_width(s), padded = s == 0 ? output_width_ : state_width_;
       for (int64_t b = rows.first; b < rows.last; ++b) {
@@ -775,7 +773,7 @@ class BackwardPass {
   Sum *sums_, *sum_slots_, *private_;
   Sum* d_reset_[states];  // where the gradients of the reset states are added up; null what is not wanted
   const T **left_, **tokens_;
-  Place* places_;
+  RowEntries<Place> places_;
   T** d_x_;
   T* masked_;  // ring of h as it enters the recurrent products, if they see it through a mask
   Panels<T> again_ih_[G], again_hh_[G];

@@ -239,14 +239,12 @@ class ForwardPass {
     if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
     places_ = arena.take<Sum*>(plan_.threads * pointers());
-    destinations_ = arena.take<Destination>(plan_.threads * destinations_each());
+    destinations_ = {arena, plan_, B};
   }
 
   static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
   // Weights of a panel, at most.
   int64_t panel_size() const { return Block<T>::max_columns * larger(a_.I, a_.projected ? larger(a_.H, a_.R) : a_.R); }
-  // Of one thread, none near those of another.
-  int64_t destinations_each() const { return plan_.rows + 4096 / (int64_t)sizeof(Destination) + 1; }
   int64_t pointers() const { return larger(group, plan_.chunk * plan_.rows); }
 
   void work(const Team& team) {
@@ -267,7 +265,7 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
-    share.to = destinations_ + team.rank * destinations_each() - share.rows.first;
+    share.to = destinations_.of(team.rank);
     if (keeps_) share.copy_of_panel = copies_of_panels_ + team.rank * panel_size();
     if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
@@ -369,7 +367,7 @@ class ForwardPass {
         bias_r_[g][j] = apart(g) ? r : Sum(0);
       }
     const Range rows = plan_.by_rows ? share.rows : part(a_.seq.B, team.rank, team.size);
-    gates_.place(plan_, team.rank, rows);
+    gates_.place(plan_, team.rank, rows, a_.seq.B);
     if (team.rank == 0)
       for (int64_t j = 0; j < Block<T>::max_columns; ++j) zeros_[j] = 0;
     for (int64_t b = rows.first; b < rows.last; ++b) {
@@ -799,7 +797,7 @@ class ForwardPass {
   Sum* sums_;
   const T** left_;
   Sum** places_;
-  Destination* destinations_;
+  RowEntries<Destination> destinations_;
 };
 
 // The same results for any number of threads, so it leaves out those that are in somebody's way.

@@ -196,23 +196,43 @@ class ChunkRows {
   // `width`: values from one row to the next.
   ChunkRows(Arena& arena, const Plan& plan, int64_t B, int64_t width)
       : width_(width),
-        step_(plan.rows * width),
-        thread_(plan.chunk * step_ + gap<T>),
-        begin_(arena.take<int64_t>(B)),
-        data_(arena.take<T>(plan.row_shares() * thread_)) {}
+        chunk_(plan.chunk * width),
+        rows_(arena.take<Row>(B)),
+        data_(arena.take<T>(B * chunk_ + plan.row_shares() * gap<T>)) {}
 
-  // Where these rows begin: of a thread that has them to itself or, where units are divided, any.
-  void place(const Plan& plan, int rank, Range rows) {
+  // Where these rows begin: those of a thread that has them to itself or, where units are divided, some of all B.
+  void place(const Plan& plan, int rank, Range rows, int64_t B) {
     if (!data_) return;
-    const int64_t first = plan.by_rows ? rank * thread_ - rows.first * width_ : 0;
-    for (int64_t b = rows.first; b < rows.last; ++b) begin_[b] = first + b * width_;
+    const Range own = plan.by_rows ? rows : Range{0, B};
+    const int64_t first = own.first * chunk_ + (plan.by_rows ? rank * gap<T> : 0);
+    for (int64_t b = rows.first; b < rows.last; ++b)
+      rows_[b] = {first + (b - own.first) * width_, (own.last - own.first) * width_};
   }
-  T* at(int64_t step, int64_t b) const { return data_ + begin_[b] + step * step_; }
+  T* at(int64_t step, int64_t b) const { return data_ + rows_[b].begin + step * rows_[b].step; }
 
  private:
-  int64_t width_ = 0, step_ = 0, thread_ = 0;  // from one row, step, thread to the next
-  int64_t* begin_ = nullptr;                   // of each row
+  struct Row {
+    int64_t begin, step;  // from one step to the next
+  };
+  int64_t width_ = 0, chunk_ = 0;  // a row's values at a step, in a chunk
+  Row* rows_ = nullptr;
   T* data_ = nullptr;
+};
+
+// An entry for each row that a thread works on, none near another thread's.
+template <class Entry>
+class RowEntries {
+ public:
+  RowEntries() = default;
+  RowEntries(Arena& arena, const Plan& plan, int64_t B)
+      : thread_(4096 / (int64_t)sizeof(Entry) + 1 + (plan.by_rows ? 0 : B)),
+        data_(arena.take<Entry>(B + plan.threads * thread_)) {}
+  // That of row b is the b-th.
+  Entry* of(int rank) const { return data_ + rank * thread_; }
+
+ private:
+  int64_t thread_ = 0;  // from one thread to the next
+  Entry* data_ = nullptr;
 };
 
 // Bytes of packed weights of which threads that divide rows have a copy each.
