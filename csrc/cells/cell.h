@@ -20,8 +20,8 @@
 //   backward(keep, prev, next, dnext, dprev, d) dnext: gradient of the new states; dprev: gradient of the previous
 //                                               states except through the products; d: gradients per slot
 //
-// Nothing waits for a result of the other half's kind: so a loop can run each half for many units, whose chains of a
-// hundred cycles the processor computes side by side.
+// The second half waits for the first, of the same unit alone: so a loop can run each for many units, and the processor
+// computes side by side what is a chain of a hundred cycles for each of them.
 #pragma once
 
 #ifdef __CUDACC__
