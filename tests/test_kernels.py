@@ -77,7 +77,7 @@ def test_cell(case):
 
 #: T, B, I, H of calls that are worth sharing among threads, or longer than what is kept in a cache at a time. The
 #: second has weights so large that threads add up their gradients together and divide units, not rows, and that one
-#: thread alone fetches them ahead.
+#: thread alone fetches them ahead; the last, products that every dtype cuts in several stretches.
 LARGE = [
     (20, 70, 130, 130),
     (24, 21, 300, 400),
@@ -86,6 +86,7 @@ LARGE = [
     (9, 26, 40, 67),
     (150, 7, 6, 65),
     (600, 2, 5, 9),
+    (3, 9, 2100, 20),
 ]
 OF_LARGE = {
     "shape": LARGE,

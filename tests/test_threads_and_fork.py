@@ -271,6 +271,29 @@ def test_threads_may_run_wherever_they_might_before():
     assert {thread: after[thread] for thread in before} == before
 
 
+@pytest.mark.skipif(TARGETS[0].engine != "cpu", reason="about the C++ engine's memory")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say how much memory is used")
+def test_ragged_batches_want_little_more_memory_of_many_threads():
+    script = """
+        import torch, fusedrnn
+
+        def peak():
+            (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+            return int(line.split()[1]) / 1024
+
+        module, x = fusedrnn.LSTM(8, 8).requires_grad_(False), torch.randn(6, 20000, 8)
+        lengths = torch.randint(0, 7, (20000,))
+        torch.set_num_threads(64)
+        module(x[:, :64])
+        before = peak()
+        module(x, lengths=lengths)
+        print(peak() - before)
+    """
+    result = run_script(textwrap.dedent(script))
+    # 40 MB, of which the results are 4; 160 if each thread has room for all rows.
+    assert float(result.stdout) < 80, result.stdout + result.stderr
+
+
 @pytest.mark.skipif(TARGETS[0].engine != "cpu", reason="only the C++ engine measures it")
 def test_explain_tells_what_meetings_of_threads_cost():
     module, input = fusedrnn.GRU(64, 256), torch.randn(20, 1, 64)

@@ -31,8 +31,8 @@ class BackwardPass {
   }
 
  private:
-  // Where what one step needs of one row lies, and what it leaves; null what there is not.
-  struct Place {
+  // Where one row's values of one step come from and go to; null what there is not.
+  struct RowStep {
     const T *kept, *before[states], *after[states];  // by forward: by the cell, its states
     const T *d_output, *d_states[states];            // given gradients
     Sum* carry[states];                              // gradients from the step after, then for the one before
@@ -47,7 +47,7 @@ class BackwardPass {
     Range token_rows, token_units, token_outputs;
     Sum* sums;       // products of a group of rows with a panel
     const T** left;  // rows to multiply
-    Place* places;   // of each of its rows at the step under way
+    RowStep* at;     // of each of its rows at the step under way
     // Of each token of a chunk: rows of the input, of h before and after the step, of the gradients.
     const T **x, **h_before, **unprojected, **d_slots, **d_h;
     T** d_x;
@@ -126,7 +126,7 @@ class BackwardPass {
     zeros_ = arena.take<T>(larger(state_width_, output_width_));
     sums_ = arena.take<Sum>(threads * sums_size());
     left_ = arena.take<const T*>(threads * group);
-    places_ = {arena, plan_, B};
+    row_steps_ = {arena, plan_, B};
     tokens_ = arena.take<const T*>(threads * 5 * tokens + rows_ahead);
     d_x_ = arena.take<T*>(threads * tokens);
     panels_ = arena.take<T>(threads * padded(slice()) * panel_columns);
@@ -175,7 +175,7 @@ class BackwardPass {
     o.token_units = a_.projected ? panels(w_hr_, apart_) : o.token_outputs;
     o.sums = sums_ + rank * sums_size();
     o.left = left_ + rank * group;
-    o.places = places_.of(team.rank);
+    o.at = row_steps_.of(team.rank);
     const T** list = tokens_ + rank * 5 * tokens;
     o.x = list, o.h_before = list + tokens, o.unprojected = list + 2 * tokens;
     o.d_slots = list + 3 * tokens, o.d_h = list + 4 * tokens;
@@ -417,7 +417,7 @@ class BackwardPass {
       for (int64_t b = first; b < after; ++b)
         for (int s = 1; s < states && a_.seq.cut(d, i + 1, b); ++s)
           leave_segment(d, s, b, mine, carry_at(s, b) + mine.first);
-    for (int64_t b = first; b < now; ++b) find_place(d, i, b, o.places[b]);
+    for (int64_t b = first; b < now; ++b) find_row_step(d, i, b, o.at[b]);
     // Gradients come to a row from the step after, except where its sequence ends here.
     for (int64_t k = o.outputs.first; k < o.outputs.last; ++k) {
       const int64_t p = in_turn(o.outputs, k, i);
@@ -466,7 +466,7 @@ class BackwardPass {
     if (!fetches_values_) return;
     const Range units{panels.first(p), panels.last(p)};
     for (int64_t b = row; b < row + n; ++b) {
-      const Place& at = o.places[b];
+      const RowStep& at = o.at[b];
       if (!again())
         for (int k = 0; k < Cell::kept; ++k) fetches.add(at.kept + k * a_.H, units);
       // The states after the step are those before the next, which has read them already.
@@ -478,7 +478,7 @@ class BackwardPass {
     fetches.divide(count_tiles<T>(n, K, panels.vectors_of(p)));
   }
 
-  void find_place(int d, int64_t i, int64_t b, Place& at) const {
+  void find_row_step(int d, int64_t i, int64_t b, RowStep& at) const {
     const int64_t t = time(d, i), token = a_.seq.start(t) + b;
     const Saved<const T> saved = saved_of(d);
     at.kept = again() ? kept_at(i, b) : saved.kept + token * Cell::kept * a_.H;
@@ -529,7 +529,7 @@ class BackwardPass {
     if (!a_.projected) return gate_gradients(o, w_hh_, p, row, n);
     const int64_t first = w_hh_.first(p), columns = w_hh_.last(p) - first, ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) {
-      const Place& at = o.places[row + k];
+      const RowStep& at = o.at[row + k];
       for (int64_t j = 0; j < columns; j += W) {
         const int lanes = (int)smaller(W, columns - j);
         V sum = S::load(o.sums + k * ldo + j) + S::load(at.carry[0] + first + j);
@@ -550,12 +550,12 @@ class BackwardPass {
     const int64_t first = panels.first(p), ldo = panels.vectors_of(p) * W;
     for_vectors<T>(first, panels.last(p), [&](auto M, int64_t j, int lanes) __attribute__((always_inline)) {
       for (int64_t k = 0; k < n; ++k)
-        cell_gradients<decltype(M), zoneout>(o.places[row + k], o.sums + k * ldo + (j - first), j, lanes);
+        cell_gradients<decltype(M), zoneout>(o.at[row + k], o.sums + k * ldo + (j - first), j, lanes);
     });
   }
 
   template <class M, bool zoneout, class Value = typename M::V>
-  inline __attribute__((always_inline)) void cell_gradients(const Place& at, const Sum* sums, int64_t j,
+  inline __attribute__((always_inline)) void cell_gradients(const RowStep& at, const Sum* sums, int64_t j,
                                                             int lanes) const {
     Value keep[slots], prev[states], next[states], d_next[states], d_prev[states], d_slot[slots];
     for (int k = 0; k < Cell::kept; ++k) keep[k] = M::load(at.kept + k * a_.H + j, lanes);
@@ -773,7 +773,7 @@ class BackwardPass {
   Sum *sums_, *sum_slots_, *private_;
   Sum* d_reset_[states];  // where the gradients of the reset states are added up; null what is not wanted
   const T **left_, **tokens_;
-  RowEntries<Place> places_;
+  RowEntries<RowStep> row_steps_;
   T** d_x_;
   T* masked_;  // ring of h as it enters the recurrent products, if they see it through a mask
   Panels<T> again_ih_[G], again_hh_[G];

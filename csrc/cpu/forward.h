@@ -92,7 +92,7 @@ class ForwardPass {
   }
 
  private:
-  struct Destination;
+  struct RowStep;
 
   // A thread's share of every division, and its own scratch.
   struct Share {
@@ -102,7 +102,7 @@ class ForwardPass {
     Sum* sums;         // products of a group of rows with one panel per gate
     const T** left;    // rows to multiply
     Sum** places;      // where their products go
-    Destination* to;   // of each of its rows at the step under way
+    RowStep* to;       // of each of its rows at the step under way
     T* masked;         // h as it enters the recurrent products, if they see it through a mask
     T* copy_of_panel;  // its weights as they lay before they were packed, of those that are kept
   };
@@ -239,7 +239,7 @@ class ForwardPass {
     if (keeps_) copies_of_panels_ = arena.take<T>(plan_.threads * panel_size());
     left_ = arena.take<const T*>(plan_.threads * pointers());
     places_ = arena.take<Sum*>(plan_.threads * pointers());
-    destinations_ = {arena, plan_, B};
+    row_steps_ = {arena, plan_, B};
   }
 
   static constexpr int64_t sums_size() { return Cell::slots * group * Block<T>::max_columns; }
@@ -265,7 +265,7 @@ class ForwardPass {
     share.sums = sums_ + team.rank * sums_size();
     share.left = left_ + team.rank * pointers();
     share.places = places_ + team.rank * pointers();
-    share.to = destinations_.of(team.rank);
+    share.to = row_steps_.of(team.rank);
     if (keeps_) share.copy_of_panel = copies_of_panels_ + team.rank * panel_size();
     if (a_.h_mask) share.masked = masked_ + team.rank * a_.seq.B * output_width_;
     clear_padding(a_.seq, a_.output, a_.directions * a_.R, team);
@@ -274,7 +274,7 @@ class ForwardPass {
       prepare(d, share, team);
       team.sync();
       if (d == 0 && measures_) measure_meetings(team);
-      for (int64_t b = share.rows.first; b < share.rows.last; ++b) start_destination(b, share.to[b]);
+      for (int64_t b = share.rows.first; b < share.rows.last; ++b) start_row_step(b, share.to[b]);
       for (int64_t begin = 0; begin < a_.seq.T; begin += plan_.chunk) {
         const int64_t end = smaller(a_.seq.T, begin + plan_.chunk);
         if (!within_) project_inputs(d, share, begin, end);
@@ -512,7 +512,7 @@ class ForwardPass {
     if (a_.h_mask)
       for (int64_t b = share.rows.first; b < last_row; ++b)
         apply_mask(h_at(i, b), a_.h_mask + a_.state_at(d, 0, b), a_.R, share.masked + b * output_width_);
-    for (int64_t b = share.rows.first; b < last_row; ++b) find_destination(d, begin, i, t, b, share.to[b]);
+    for (int64_t b = share.rows.first; b < last_row; ++b) find_row_step(d, begin, i, t, b, share.to[b]);
     for (int64_t turn = share.units.first; turn < share.units.last; ++turn) {
       const Units mine = units(in_turn(share.units, turn, i));
       const int64_t first = mine.first, last = mine.last;
@@ -575,8 +575,8 @@ class ForwardPass {
     return at;
   }
 
-  // Where one row's values of one step go; null what is not wanted.
-  struct Destination {
+  // Where one row's values of one step come from and go to; null what is not wanted.
+  struct RowStep {
     const Sum* x;  // the inputs' products, or the biases if the step makes those
     const T* h_before;
     T *kept, *h, *output;
@@ -600,7 +600,7 @@ class ForwardPass {
   };
 
   // Of one row, what is the same at all steps.
-  void start_destination(int64_t b, Destination& to) const {
+  void start_row_step(int64_t b, RowStep& to) const {
     to = {};
     if (within_) to.x = bias_x_[0];
     if (a_.projected) to.h = unprojected_at(b);
@@ -609,7 +609,7 @@ class ForwardPass {
   }
 
   // The rest, at order i.
-  void find_destination(int d, int64_t begin, int64_t i, int64_t t, int64_t b, Destination& to) const {
+  void find_row_step(int d, int64_t begin, int64_t i, int64_t t, int64_t b, RowStep& to) const {
     if (!within_) to.x = products_at(d, begin, i, b);
     if (!a_.projected) {
       to.h_before = h_at(i, b), to.h = h_at(i + 1, b);
@@ -630,17 +630,17 @@ class ForwardPass {
   // 1000,4,128,128 3.57, 3.51.)
   template <bool zoneout, class Each>
   inline __attribute__((always_inline)) void compute_gates(const Places& at, Each&& each) const {
-    constexpr bool apart = Cell::kept > 0;
-    each([&](auto M, const Destination& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
+    constexpr bool in_halves = Cell::kept > 0;
+    each([&](auto M, const RowStep& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
       typename decltype(M)::V keep[Cell::slots];
       activate<decltype(M)>(to, sums, at, j, lanes, keep);
-      if constexpr (apart)
+      if constexpr (in_halves)
         for (int k = 0; k < Cell::slots; ++k) M.store(sums + at.slot[k], keep[k], lanes);
       else
         advance<decltype(M), zoneout>(to, keep, j, lanes);
     });
-    if constexpr (apart)
-      each([&](auto M, const Destination& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
+    if constexpr (in_halves)
+      each([&](auto M, const RowStep& to, Sum* sums, int64_t j, int lanes) __attribute__((always_inline)) {
         typename decltype(M)::V keep[Cell::slots];
         for (int k = 0; k < Cell::slots; ++k) keep[k] = M.load(sums + at.slot[k]);
         advance<decltype(M), zoneout>(to, keep, j, lanes);
@@ -649,8 +649,8 @@ class ForwardPass {
 
   // Both halves of the cell, for units [j, j + M::width) of one row.
   template <class M, class V = typename M::V>
-  inline __attribute__((always_inline)) void activate(const Destination& to, const Sum* sums, const Places& at,
-                                                      int64_t j, int lanes, V* keep) const {
+  inline __attribute__((always_inline)) void activate(const RowStep& to, const Sum* sums, const Places& at, int64_t j,
+                                                      int lanes, V* keep) const {
     V x[G], r[G];
     for (int g = 0; g < G; ++g) {
       x[g] = M::load(to.x + at.x[g] + j, lanes);
@@ -662,7 +662,7 @@ class ForwardPass {
   }
 
   template <class M, bool zoneout, class V = typename M::V>
-  inline __attribute__((always_inline)) void advance(const Destination& to, V* keep, int64_t j, int lanes) const {
+  inline __attribute__((always_inline)) void advance(const RowStep& to, V* keep, int64_t j, int lanes) const {
     V prev[states], next[states];
     if constexpr (narrow)
       prev[0] = a_.projected ? M::zero() : M::load(to.state[0] + j);
@@ -797,7 +797,7 @@ class ForwardPass {
   Sum* sums_;
   const T** left_;
   Sum** places_;
-  RowEntries<Destination> destinations_;
+  RowEntries<RowStep> row_steps_;
 };
 
 // The same results for any number of threads, so it leaves out those that are in somebody's way.
