@@ -144,7 +144,7 @@ class BackwardPass {
   // Panels that the threads divide where they divide units.
   Panels<T> divided_panels(Arena& arena, int64_t K, int64_t columns, bool twice = false) const {
     T* data = arena.take<T>((twice ? 2 : 1) * Panels<T>::size(K, columns));
-    return {data, K, columns, panel_vectors<T>(plan_, a_.H), plan_.shares(), 1, twice};
+    return {data, K, columns, recurrent_vectors<T>(plan_, a_.H, 1, K), plan_.shares(), 1, twice};
   }
 
   void lay_out_again(Arena& arena) {
