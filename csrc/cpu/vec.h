@@ -25,8 +25,8 @@ struct Float;
 template <>
 struct Float<float> {
   using Int = uint32_t;
-  static constexpr int mantissa = 23, bias = 127;
-  static constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, left in the low mantissa bits
+  static constexpr int mantissa = 23;
+  static constexpr float shift = 0x1.8p23f + 127;  // adding it rounds to an integer n and leaves 2^n's exponent below
   static constexpr float lowest = -87.3f, beyond = 88.9f;  // e^x is nearly 0; e^x is infinite
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2 = 0x1.62e43p-1f;
@@ -37,8 +37,8 @@ struct Float<float> {
 template <>
 struct Float<double> {
   using Int = uint64_t;
-  static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double shift = 0x1.8p52;
+  static constexpr int mantissa = 52;
+  static constexpr double shift = 0x1.8p52 + 1023;
   static constexpr double lowest = -708.3, beyond = 709.95;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2 = 0x1.62e42fefa39efp-1;
@@ -331,20 +331,21 @@ struct Math : Vectors<T, N> {
 
   // 1 / (1 + e^-x): within 2.5 ulp. Comparisons with a NaN are false, so a NaN passes through.
   FUSEDRNN_INLINE V sigmoid(V x) {
-    const V y = map([](Raw v) { return S::at_most(F::beyond, S::at_least(F::lowest, -v)); }, x);
-    const V shifted = y * F::log2e + F::shift, n = shifted - F::shift;
-    const V r = (y - n * F::ln2_high) - n * F::ln2_low;
-    return T(1) / ((exp_minus_one(r) + T(1)) * power_of_two(shifted) + T(1));
+    const V y = map([](Raw v) { return S::at_most(-F::lowest, S::at_least(-F::beyond, v)); }, x);
+    const V shifted = y * -F::log2e + F::shift, n = shifted - F::shift;
+    const V r = (y + n * F::ln2_high) + n * F::ln2_low;  // e^-y = 2^n e^-r
+    return T(1) / (((series<1, -1>(r) * r - T(1)) * r + T(1)) * power_of_two(shifted) + T(1));
   }
 
-  // Through e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp. Far from zero that hardly counts, and ln 2
-  // need not be more precise than a number is.
+  // Through half of e^(-2|x|) - 1, which keeps every digit near zero: within 3 ulp. Far from zero that hardly counts,
+  // and ln 2 need not be more precise than a number is.
   FUSEDRNN_INLINE V tanh(V x) {
-    const V y = map([](Raw v) { return S::at_least(F::lowest, (Raw)((Bits)(v + v) | sign())); }, x);
-    const V shifted = y * F::log2e + F::shift, n = shifted - F::shift, scale = power_of_two(shifted);
-    const V e = exp_minus_one(y - n * F::ln2) * scale + (scale - T(1));
-    const V t = e / (e + T(2));
-    return map([](Raw v, Raw r) { return (Raw)((Bits)r ^ (~(Bits)v & sign())); }, x, t);
+    const V y = map([](Raw v) { return S::at_most(-F::lowest / 2, (Raw)((Bits)v & ~sign())); }, x);
+    const V shifted = y * (-2 * F::log2e) + F::shift, n = shifted - F::shift, scale = power_of_two(shifted);
+    const V r = y + n * (F::ln2 / 2);  // e^-2y = 2^n e^-2r
+    const V half = (series<2, -2>(r) * (r * r) - r) * scale + (scale * T(0.5) - T(0.5));
+    const V t = half / (half + T(1));
+    return map([](Raw v, Raw u) { return (Raw)((Bits)u ^ (~(Bits)v & sign())); }, x, t);
   }
 
  private:
@@ -352,18 +353,21 @@ struct Math : Vectors<T, N> {
 
   // 2^n, of an integer n that `shift` was added to; infinite for the n behind the largest exponent.
   FUSEDRNN_INLINE V power_of_two(V shifted) {
-    return map([](Raw v) { return (Raw)(((Bits)v << F::mantissa) + ((Int)F::bias << F::mantissa)); }, shifted);
+    return map([](Raw v) { return (Raw)((Bits)v << F::mantissa); }, shifted);
   }
 
-  // e^r - 1 for |r| <= ln 2 / 2: within an ulp. Terms go in pairs, which need not wait for each other.
-  FUSEDRNN_INLINE V exp_minus_one(V r) {
+  // `times` P(`factor` r), see Float: powers of two and signs go into the coefficients.
+  template <int times, int factor>
+  FUSEDRNN_INLINE V series(V r) {
     constexpr int count = sizeof F::series / sizeof F::series[0];
-    const V square = r * r;
-    V series = zero() + F::series[count - 1];
-    if (count % 2 == 0) series = r * F::series[count - 1] + F::series[count - 2];
+    const auto coefficient = [](int k) {
+      T result = F::series[k] * times;
+      for (; k > 0; --k) result *= factor;
+      return result;
+    };
+    V sum = r * coefficient(count - 1) + coefficient(count - 2);
 #pragma GCC unroll 8
-    for (int k = (count - 1) / 2 * 2 - 2; k >= 0; k -= 2)
-      series = series * square + (r * F::series[k + 1] + F::series[k]);
-    return series * square + r;
+    for (int k = count - 3; k >= 0; --k) sum = sum * r + coefficient(k);
+    return sum;
   }
 };
