@@ -128,9 +128,9 @@ class ForwardPass {
   }
   // But for what meetings cost now.
   static bool units_suit(const Forward<T>& a, int threads) {
-    const int64_t few_rows = multiplies_fast() ? 17 : 8;  // a thread
+    const int64_t most_rows = multiplies_fast() ? 17 : 8;  // a thread
     const bool enough_units = a.H >= 4 * W * threads;
-    return enough_units && outlast_caches<T>(G * a.H * a.R) && a.seq.B < few_rows * threads;
+    return enough_units && outlast_caches<T>(G * a.H * a.R) && a.seq.B < most_rows * threads;
   }
 
   // Steps are divided where that saves more than it costs: a barrier, lines with h from another core, and tiles that

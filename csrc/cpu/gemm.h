@@ -203,6 +203,14 @@ struct Transposed<T, true> {
   Transposed from(int64_t k) const { return {block + k * Block<T>::max_rows}; }
 };
 
+// Up to so many rows pass through a panel so fast that the processor must know before which lines of the cache it needs
+// next. It finds out for each load instruction by itself, as long as that one leaves out none. So all chains are one
+// code's: had the first, which does not add, code of its own, the others' would leave out its lines. (Zen 5, a row
+// times panels of 8 vectors and K = 128 in the second-level cache, 256 KB and 512 KB: 134 -> 190 GB/s and 134 -> 250;
+// inference of GRU 100,1,128,128 0.149 -> 0.147 ms, LSTM 100,1,256,256 0.889 -> 0.858, RNN 100,1,256,256 0.211 ->
+// 0.180.) More rows wait for additions, of which a branch behind each tile costs 1 to 2%.
+constexpr int few_rows = 3;
+
 // out(MR x NV vectors, row stride ldo) = or += left(MR x K) * panel(K x NV vectors). Each element is one chain of
 // additions in the order of k, whatever MR and NV: a row's result does not depend on the rows beside it. What lies from
 // `next` on is fetched into the second-level cache, `fetch` vectors in each step of k.
@@ -224,7 +232,7 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
   V sum[MR][NV] = {};
   for (int64_t k = 0; k < K; k += P::depth, panel += NV * width * P::depth) {
     left.fetch(k);
-    constexpr int lines = MR <= 3 ? NV : 1;
+    constexpr int lines = MR <= few_rows ? NV : 1;
 #pragma GCC unroll 8
     for (int v = 0; v < lines; v += vectors_of_line) __builtin_prefetch(panel + ahead + v * width * P::depth);
     if constexpr (fetch > 0) {
@@ -263,15 +271,15 @@ FUSEDRNN_INLINE void tile(int64_t K, Left left, const T* panel, SumOf<T>* out, i
       }
     }
   }
-  if (add)
+  for_constant(add, [&](auto adds) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[r][v] += S::load(out + r * ldo + v * width);
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) S::store(out + r * ldo + v * width, sum[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        SumOf<T>* place = out + r * ldo + v * width;
+        S::store(place, adds.value ? sum[r][v] + S::load(place) : sum[r][v]);
+      }
+  });
 }
 
 // Calls f(k, n) for stretches [k, k + n) of K, each one chain of additions; for an empty one if there is nothing.
@@ -325,24 +333,25 @@ class Fetches {
   Place places_[most];
 };
 
-// Whether a function for tiles adds to what is there. Few rows pass through a panel so fast that the processor must
-// know before which lines of the cache it needs next. It finds out for each load instruction by itself, as long as that
-// one does not leave out lines: were the first chain, which does not add, code of its own, the others' would. (Zen 5, a
-// row times panels of 8 vectors and K = 128 in the second-level cache, 256 KB and 512 KB: 134 -> 190 GB/s and 134 ->
-// 250; inference of GRU 100,1,128,128 0.149 -> 0.147 ms, LSTM 100,1,256,256 0.889 -> 0.858, RNN 100,1,256,256 0.211 ->
-// 0.180.) More rows wait for additions, of which a branch behind each tile costs 1 to 2%.
-enum class Adds { no, yes, as_told };
-
 // A tile's chain of additions: of steps [first_k, first_k + K) of some rows, or of K steps of a transposed matrix.
-template <class T, int MR, int NV, Adds adds, int fetch>
-static void rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
-                       bool add, const T* next) {
+template <class T, int MR, int NV, int fetch = 0>
+FUSEDRNN_INLINE void any_rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out,
+                                    int64_t ldo, bool add, const T* next = nullptr) {
   Rows<T, MR> left;
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) left.row[r] = rows[r] + first_k;
-  tile<T, MR, NV, fetch>(K, left, panel, out, ldo, adds == Adds::as_told ? add : adds == Adds::yes, next);
+  tile<T, MR, NV, fetch>(K, left, panel, out, ldo, add, next);
 }
-
+template <class T, int MR, int NV>
+static void few_rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
+                           bool add) {
+  any_rows_chain<T, MR, NV>(K, rows, first_k, panel, out, ldo, add);
+}
+template <class T, int MR, int NV, bool add, int fetch>
+static void rows_chain(int64_t K, const T* const* rows, int64_t first_k, const T* panel, SumOf<T>* out, int64_t ldo,
+                       const T* next) {
+  any_rows_chain<T, MR, NV, fetch>(K, rows, first_k, panel, out, ldo, add, next);
+}
 template <class T, int MR, int NV, bool add>
 static void transposed_chain(int64_t K, Transposed<T> left, const T* panel, SumOf<T>* out, int64_t ldo) {
   tile<T, MR, NV>(K, left, panel, out, ldo, add);
@@ -353,10 +362,12 @@ static void transposed_chain(int64_t K, Transposed<T> left, const T* panel, SumO
 template <class T>
 class Tiles {
  public:
-  using OfRows = void (*)(int64_t, const T* const*, int64_t, const T*, SumOf<T>*, int64_t, bool, const T*);
+  using OfFewRows = void (*)(int64_t, const T* const*, int64_t, const T*, SumOf<T>*, int64_t, bool);
+  using OfRows = void (*)(int64_t, const T* const*, int64_t, const T*, SumOf<T>*, int64_t, const T*);
   using OfTransposed = void (*)(int64_t, Transposed<T>, const T*, SumOf<T>*, int64_t);
   struct Size {
-    // By whether they add to what is there; if they fetch, a line in each step or as much as they use.
+    OfFewRows few;
+    // Of more rows, by whether they add to what is there; if they fetch, a line in each step or as much as they use.
     OfRows rows[2], rows_and_line[2], rows_and_all[2];
     OfTransposed transposed[2];
   };
@@ -367,13 +378,17 @@ class Tiles {
  private:
   template <int MR, int NV>
   constexpr void fill() {
-    constexpr int all = MR > 3 ? NV : 0;  // fewer rows are through a panel too fast
-    constexpr int line = all < vectors_of_line ? all : vectors_of_line;
-    constexpr Adds no = MR > 3 ? Adds::no : Adds::as_told, yes = MR > 3 ? Adds::yes : Adds::as_told;
-    sizes_[NV][MR] = {{rows_chain<T, MR, NV, no, 0>, rows_chain<T, MR, NV, yes, 0>},
-                      {rows_chain<T, MR, NV, no, line>, rows_chain<T, MR, NV, yes, line>},
-                      {rows_chain<T, MR, NV, no, all>, rows_chain<T, MR, NV, yes, all>},
-                      {transposed_chain<T, MR, NV, false>, transposed_chain<T, MR, NV, true>}};
+    Size& size = sizes_[NV][MR];
+    if constexpr (MR <= few_rows) {
+      size.few = few_rows_chain<T, MR, NV>;
+    } else {
+      constexpr int line = NV < vectors_of_line ? NV : vectors_of_line;
+      size.rows[0] = rows_chain<T, MR, NV, false, 0>, size.rows[1] = rows_chain<T, MR, NV, true, 0>;
+      size.rows_and_line[0] = rows_chain<T, MR, NV, false, line>;
+      size.rows_and_line[1] = rows_chain<T, MR, NV, true, line>;
+      size.rows_and_all[0] = rows_chain<T, MR, NV, false, NV>, size.rows_and_all[1] = rows_chain<T, MR, NV, true, NV>;
+    }
+    size.transposed[0] = transposed_chain<T, MR, NV, false>, size.transposed[1] = transposed_chain<T, MR, NV, true>;
     if constexpr (MR < Block<T>::rows(NV))
       fill<MR + 1, NV>();
     else if constexpr (NV < Block<T>::max_vectors)
@@ -394,9 +409,12 @@ FUSEDRNN_INLINE void multiply_rows(int mr, int nv, int64_t K, const T* const* ro
   const auto* chain = !next ? size.rows : fetched < nv ? size.rows_and_line : size.rows_and_all;
   for_chains<T>(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     if (fetches) fetches->next();
-    const int64_t done = k * Block<T>::width;
-    const bool adds = add || k > 0;
-    chain[adds](n, rows, first_k + k, panel + done * nv, out, ldo, adds, next ? next + done * fetched : nullptr);
+    const T* const stretch = panel + k * nv * Block<T>::width;
+    if (mr <= few_rows)
+      size.few(n, rows, first_k + k, stretch, out, ldo, add || k > 0);
+    else
+      chain[add || k > 0](n, rows, first_k + k, stretch, out, ldo,
+                          next ? next + k * fetched * Block<T>::width : nullptr);
   });
 }
 

@@ -51,8 +51,8 @@ constexpr double peak_of_reading = 640.0 / sizeof(T);
 // see there.
 template <class T>
 static bool weights_outweigh_rows(const Layer<T>& a, int gates, int threads) {
-  const int64_t bytes = gates * a.H * a.R * (int64_t)sizeof(T), few_rows = a.R > 256 ? 32 : 8;
-  return bytes >= 1 << 19 && a.seq.B < few_rows * threads && a.H >= 4 * Block<T>::width * threads;
+  const int64_t bytes = gates * a.H * a.R * (int64_t)sizeof(T), most_rows = a.R > 256 ? 32 : 8;
+  return bytes >= 1 << 19 && a.seq.B < most_rows * threads && a.H >= 4 * Block<T>::width * threads;
 }
 
 // Whether so many values, all read at each step, are in no cache near by when their turn comes again.
@@ -274,15 +274,6 @@ FUSEDRNN_INLINE void for_vectors(int64_t first, int64_t last, F&& f) {
     if (((last - first) / W & 1) != 0 && first + 3 * W <= last) f(Math<Sum, 3>{}, first, (int)W), first += 3 * W;
   for (; first + 2 * W <= last; first += 2 * W) f(Math<Sum, 2>{}, first, (int)W);
   for (; first < last; first += W) f(Math<Sum, 1>{}, first, (int)smaller(W, last - first));
-}
-
-// Calls f with a constant of a variable's value.
-template <class F>
-FUSEDRNN_ALWAYS_INLINE void for_constant(bool value, F&& f) {
-  if (value)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
 }
 
 // The columns of some panels.

@@ -16,6 +16,15 @@
 #define FUSEDRNN_INLINE static inline __attribute__((always_inline))
 #define FUSEDRNN_FRIEND friend inline __attribute__((always_inline))
 
+// Calls f with a constant of a variable's value.
+template <class F>
+FUSEDRNN_ALWAYS_INLINE void for_constant(bool value, F&& f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
 // Per type: the integers of its width (unsigned: those of a NaN may overflow), and the constants of its exponential.
 // `series` is P in e^r - 1 = r + r^2 P(r), for |r| <= ln 2 / 2: the polynomial whose largest relative error is the
 // least (by Remez' exchange; 1.3e-8 in float, 1.8e-17 in double: a fifth of an ulp).
