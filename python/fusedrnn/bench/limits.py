@@ -21,8 +21,9 @@ from .timer import Clock
 _EXCHANGE = 0.45e-6
 _PEAK_WIDTH = 8192
 
-#: What is read again and again to measure how fast reading is, bytes per thread: from every L1 cache to memory.
-_READ_SIZES = tuple(1 << power for power in range(14, 28))
+#: What is read again and again to measure how fast reading is, bytes per thread: from every L1 cache to memory, powers
+#: of two and one size between, for a cache of 1 MB delivers 768 KB much faster than all that it holds.
+_READ_SIZES = tuple(size for power in range(14, 28) for size in (1 << power, 3 << power - 1))
 _ITEM = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -123,7 +124,7 @@ def measure_rates(cores: Sequence[int], seconds: float = 0.05) -> Rates | None:
 
     Args:
         cores: numbers of the cores, one for each thread.
-        seconds: for each of about twenty probes.
+        seconds: for each of about thirty probes.
 
     Returns:
         None if the compiled module, which holds the probes, is missing.
@@ -162,7 +163,8 @@ def cpu_floor(cell: str, shape: Shape, mode: str, dtype: str, rates: Rates) -> f
     For batches, all products at the peak of multiply-adds. A single sequence must read the recurrent weights at every
     step of each pass, so there it is the products that need not wait for a step (of the inputs, and in training those
     for the input's and all weights' gradients) at the peak, and the reading at the bandwidth of the cache level where
-    each thread's share of the weights fits.
+    each thread's share of the weights fits. That is measured from end to end; who turns back at each end finds a part
+    in a nearer cache, and may be faster where the weights just about fill one.
 
     Args:
         cell: a name in ``grid.CELLS``.
