@@ -141,10 +141,10 @@ class BackwardPass {
     if (again()) lay_out_again(arena);
   }
 
-  // Panels that the threads divide where they divide units.
+  // Panels that the threads divide where they divide units: all of as many vectors, for units go by them.
   Panels<T> divided_panels(Arena& arena, int64_t K, int64_t columns, bool twice = false) const {
     T* data = arena.take<T>((twice ? 2 : 1) * Panels<T>::size(K, columns));
-    return {data, K, columns, recurrent_vectors<T>(plan_, a_.H, 1, K), plan_.shares(), 1, twice};
+    return {data, K, columns, recurrent_vectors<T>(plan_, a_.H, 1, G * a_.H), plan_.shares(), 1, twice};
   }
 
   void lay_out_again(Arena& arena) {

@@ -80,9 +80,8 @@ class ForwardPass {
     Arena size{nullptr};
     lay_out_weights(size);
     const Weights<const T>& w = a_.weights[0];
-    KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, input_vectors(),
-                      recurrent_vectors<T>(plan_, a_.H, G, a_.R), plan_.shares(), copies_, twice_,
-                      FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
+    KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, input_vectors(), vectors(), plan_.shares(),
+                      copies_, twice_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
                      size.used);
     Arena weights{kept.data()};
     lay_out_weights(weights);
@@ -180,20 +179,19 @@ class ForwardPass {
   // Of one direction, used for both in turn; if they are kept, of each.
   void lay_out_weights(Arena& arena) {
     const size_t begin = arena.used;
-    const int vectors = recurrent_vectors<T>(plan_, a_.H, G, a_.R);
     const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices, int shares, bool twice = false) {
       T* data = packs_ ? arena.take<T>((twice ? 2 : 1) * matrices * Panels<T>::size(K, columns)) : nullptr;
       return Panels<T>{data, K, columns, vectors, shares, matrices, twice};
     };
     w_ih_[0] = panels(a_.I, a_.H - merged_, input_vectors(), G, plan_.shares());
-    w_hh_[0] = panels(a_.R, a_.H - merged_, vectors, G, plan_.shares(), twice_);
+    w_hh_[0] = panels(a_.R, a_.H - merged_, vectors(), G, plan_.shares(), twice_);
     merged_ih_ = panels(a_.I, G * merged_, G, 1, 1);
     merged_hh_ = panels(a_.R, G * merged_, G, 1, 1);
     for (int g = 1; g < G; ++g) {
       w_ih_[g] = w_ih_[0], w_ih_[g].index = g;
       w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
     }
-    if (a_.projected) w_hr_ = panels(a_.H, a_.R, vectors, 1, plan_.shares());
+    if (a_.projected) w_hr_ = panels(a_.H, a_.R, vectors(), 1, plan_.shares());
     const auto repeat = [&](int times) {
       const size_t each = arena.used - begin;
       arena.used += (times - 1) * each;
@@ -204,11 +202,14 @@ class ForwardPass {
     if (keeps_) fingerprints_ = arena.take<uint64_t>(copies_ * a_.directions * fingerprints());
   }
 
+  // Vectors of a panel of W_hh.
+  int vectors() const { return recurrent_vectors<T>(plan_, a_.H, G, a_.R); }
+
   // Vectors of a panel of W_ih: those of W_hh where a step multiplies both, else those for many rows if the chunk has
   // many (Zen 5, LSTM inference 100,1,256,256 1.09 -> 1.03 ms; 100,2,128,128 0.40 -> 0.36).
   int input_vectors() const {
     const bool few = plan_.chunk * plan_.rows < Block<T>::max_rows;
-    return within_ || few ? panel_vectors<T>(plan_, a_.H) : Block<T>::vectors_for(Block<T>::max_rows, a_.H);
+    return within_ || few ? vectors() : Block<T>::vectors_for(Block<T>::max_rows, a_.H);
   }
 
   // How many panels one direction's weights have.

@@ -110,13 +110,15 @@ static int panel_vectors(const Plan& plan, int64_t H) {
 
 // The same where a step multiplies a row with `matrices` of depth K. A single row passes every other step through its
 // panels backwards (see in_turn): of one panel that the first-level cache cannot hold, but half of which it can, two
-// are made. (Zen 5, RNN 100,1,128,128, inference 0.0588 -> 0.0545 ms.)
+// are made, unless so few vectors would be left that additions wait for each other. (Zen 5, RNN 100,1,128,128,
+// inference 0.0588 -> 0.0545 ms.)
 template <class T>
 static int recurrent_vectors(const Plan& plan, int64_t H, int matrices, int64_t K) {
   const int vectors = panel_vectors<T>(plan, H);
   const int64_t width = vectors * Block<T>::width, kilobytes = width * K * (int64_t)sizeof(T) >> 10;
   const bool one_panel = plan.rows == 1 && plan.shares() == 1 && matrices == 1 && H <= width;
-  return rereads_slowly() && one_panel && kilobytes > 40 && kilobytes <= 80 ? (vectors + 1) / 2 : vectors;
+  const bool halves = vectors >= 6 && kilobytes > 40 && kilobytes <= 80;
+  return rereads_slowly() && one_panel && halves ? (vectors + 1) / 2 : vectors;
 }
 
 // Whether even and odd steps have a copy each of a thread's recurrent weights: where few rows wait for the cache to

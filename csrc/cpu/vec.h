@@ -354,7 +354,7 @@ struct Math : Vectors<T, N> {
     const V r = y + n * (F::ln2 / 2);  // e^-2y = 2^n e^-2r
     const V half = (series<2, -2>(r) * (r * r) - r) * scale + (scale * T(0.5) - T(0.5));
     const V t = half / (half + T(1));
-    return map([](Raw v, Raw u) { return (Raw)((Bits)u ^ (~(Bits)v & sign())); }, x, t);
+    return map([](Raw v, Raw u) { return (Raw)(((Bits)u & ~sign()) | ((Bits)v & sign())); }, x, t);
   }
 
  private:
