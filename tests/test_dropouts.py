@@ -516,6 +516,12 @@ def test_one_row_computed_again(kind, H, I):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
+def test_engines_that_save_everything_say_so():
+    with fusedrnn.engine("reference"):
+        text = str(fusedrnn.explain(fusedrnn.GRU(4, 6, save="states"), torch.randn(3, 2, 4)))
+    assert "keeps everything for backward, whatever save says" in text
+
+
 @pytest.mark.skipif(not SAVING, reason="the C++ engine is missing")
 def test_a_million_steps():
     """T has no limit: forward and backward of one sequence."""
