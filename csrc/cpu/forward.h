@@ -63,6 +63,7 @@ class ForwardPass {
     packs_ = a_.seq.tokens() > (may_keep ? 2 : 8) || within_ || a_.batch_invariant;
     twice_ = packs_ && reads_two_copies<T>(G * a_.H * a_.R / plan_.shares(), plan_.rows, a_.seq.T);
     if (packs_ && merging_pays()) merged_ = a_.H % W;
+    together_ = packs_ && gates_together();
     keeps_ = packs_ && may_keep;
     measures_ = !plan_.by_rows && plan_.threads > 1 && should_measure_meetings();
     streams_ = within_ && streams_saved();
@@ -81,7 +82,7 @@ class ForwardPass {
     lay_out_weights(size);
     const Weights<const T>& w = a_.weights[0];
     KeptWeights kept({w.w_ih, w.w_hh, G, a_.I, a_.H, a_.R, a_.directions, input_vectors(), vectors(), plan_.shares(),
-                      copies_, twice_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_},
+                      copies_, twice_, FUSEDRNN_VECTOR_BYTES, (int)sizeof(T), a_.projected, merged_, together_},
                      size.used);
     Arena weights{kept.data()};
     lay_out_weights(weights);
@@ -171,6 +172,15 @@ class ForwardPass {
     return ceil_div(whole, shares) * G + vectors <= ceil_div(whole + 1, shares) * G;
   }
 
+  // Whether a thread has so few units that the gates of all fit into one panel, for few rows: a panel of each gate has
+  // so few vectors then that additions wait for each other. (Zen 5, inference: LSTM 100,1,64,64 on 2 threads 0.0487 ->
+  // 0.0373 ms, 100,1,32,32 0.0285 -> 0.0219; GRU 100,1,64,64 on 2 threads 0.0403 -> 0.0330. Two such panels instead of
+  // one of 4 vectors for each gate: LSTM 100,1,64,64 0.0597, 0.0599; GRU 0.0429, 0.0442.)
+  bool gates_together() const {
+    const int64_t units = a_.H - merged_, vectors = ceil_div(units / W, plan_.shares());
+    return G > 1 && !within_ && plan_.rows <= few_rows && units % W == 0 && vectors * G <= Block<T>::max_vectors;
+  }
+
   int work_in_team() {
     run_team(plan_.threads, [](void* self, const Team& team) { static_cast<ForwardPass*>(self)->work(team); }, this);
     return team_size_;
@@ -179,17 +189,23 @@ class ForwardPass {
   // Of one direction, used for both in turn; if they are kept, of each.
   void lay_out_weights(Arena& arena) {
     const size_t begin = arena.used;
-    const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices, int shares, bool twice = false) {
+    const auto panels = [&](int64_t K, int64_t columns, int vectors, int matrices, int shares, bool twice = false,
+                            int together = 1) {
       T* data = packs_ ? arena.take<T>((twice ? 2 : 1) * matrices * Panels<T>::size(K, columns)) : nullptr;
-      return Panels<T>{data, K, columns, vectors, shares, matrices, twice};
+      return Panels<T>{data, K, columns, vectors, shares, matrices, twice, together};
     };
     w_ih_[0] = panels(a_.I, a_.H - merged_, input_vectors(), G, plan_.shares());
-    w_hh_[0] = panels(a_.R, a_.H - merged_, vectors(), G, plan_.shares(), twice_);
+    if (together_) {
+      constexpr int vectors = Block<T>::max_vectors / G * G;
+      w_hh_[0] = panels(a_.R, G * (a_.H - merged_), vectors, 1, plan_.shares(), twice_, G);
+    } else {
+      w_hh_[0] = panels(a_.R, a_.H - merged_, vectors(), G, plan_.shares(), twice_);
+    }
     merged_ih_ = panels(a_.I, G * merged_, G, 1, 1);
     merged_hh_ = panels(a_.R, G * merged_, G, 1, 1);
     for (int g = 1; g < G; ++g) {
       w_ih_[g] = w_ih_[0], w_ih_[g].index = g;
-      w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
+      if (!together_) w_hh_[g] = w_hh_[0], w_hh_[g].index = g;
     }
     if (a_.projected) w_hr_ = panels(a_.H, a_.R, vectors(), 1, plan_.shares());
     const auto repeat = [&](int times) {
@@ -214,7 +230,8 @@ class ForwardPass {
 
   // How many panels one direction's weights have.
   int64_t fingerprints() const {
-    return G * (w_ih_[0].count() + w_hh_[0].count()) + (merged_ ? 2 : 0) + (a_.projected ? w_hr_.count() : 0);
+    return G * w_ih_[0].count() + (together_ ? 1 : G) * w_hh_[0].count() + (merged_ ? 2 : 0) +
+           (a_.projected ? w_hr_.count() : 0);
   }
 
   // Those of a direction in one of the copies.
@@ -343,12 +360,17 @@ class ForwardPass {
       pack_ours(w_ih_[g], p, {w.w_ih + g * H * a_.I, a_.I}, packed + item);
     }
     packed += G * of_input;
-    const Range recurrent = mine(G * panels);
+    const int64_t each = together_ ? 1 : G;
+    const Range recurrent = mine(each * panels);
     for (int64_t item = recurrent.first; item < recurrent.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      pack_ours(w_hh_[g], p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
+      const int64_t first = w_hh_[g].first(p), columns = w_hh_[g].last(p) - first;
+      if (together_)
+        pack_ours(w_hh_[0], p, {w.w_hh + first / G * a_.R, a_.R, columns / G, H, first}, packed + item);
+      else
+        pack_ours(w_hh_[g], p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
     }
-    packed += G * panels;
+    packed += each * panels;
     if (merged_ && (copies_ > 1 || team.rank == team.size - 1)) {
       const int64_t first = H - merged_;
       pack_ours(merged_ih_, 0, {w.w_ih + first * a_.I, a_.I, merged_, H}, packed);
@@ -499,12 +521,14 @@ class ForwardPass {
     int matrices;  // that have such a panel: one for each gate, or one for all
     int64_t panel;
     const Panels<T>*inputs, *recurrent;
-    bool merged() const { return matrices < G; }
+    int64_t between = 0;  // a gate and the next, if they share a panel
   };
   Units units(int64_t k) const {
     const Panels<T>& w = w_hh_[0];
-    if (k < w.count()) return {w.first(k), w.last(k), w.vectors_of(k), G, k, w_ih_, w_hh_};
-    return {a_.H - merged_, a_.H, merged_hh_.vectors_of(0), 1, 0, &merged_ih_, &merged_hh_};
+    if (k == w.count())
+      return {a_.H - merged_, a_.H, merged_hh_.vectors_of(0), 1, 0, &merged_ih_, &merged_hh_, merged_};
+    if (!together_) return {w.first(k), w.last(k), w.vectors_of(k), G, k, w_ih_, w_hh_};
+    return {w.first(k) / G, w.last(k) / G, w.vectors_of(k), 1, k, nullptr, w_hh_, w.vectors_of(k) / G * W};
   }
 
   // What step i uses after the k-th of its matrices, W_ih's gates first if it has them, at a turn of its units.
@@ -584,8 +608,8 @@ class ForwardPass {
     Places at;
     for (int g = 0; g < G; ++g) {
       const int input = Cell::input_slot[g], recurrent = Cell::recurrent_slot[g];
-      at.input[g] = mine.merged() ? g * merged_ : input * plane;
-      at.recurrent[g] = mine.merged() ? (any_apart() ? plane : 0) + g * merged_ : recurrent * plane;
+      at.input[g] = mine.between ? g * mine.between : input * plane;
+      at.recurrent[g] = mine.between ? (any_apart() ? plane : 0) + g * mine.between : recurrent * plane;
       at.slot[input] = at.input[g], at.slot[recurrent] = at.recurrent[g];
       at.apart[g] = within_ && at.input[g] != at.recurrent[g];
       at.x[g] = within_ ? g * state_width_ : input_place(g);
@@ -806,6 +830,7 @@ class ForwardPass {
   // comes after the others. 0 where that saves none. (Zen 4, LSTM inference, ms: 100,16,200,200 10.7 -> 10.3;
   // 100,32,100,100 6.2 -> 5.6; 100,16,37,37 0.587 -> 0.556; 1000,1,8,8 0.163 -> 0.108.)
   int64_t merged_ = 0;
+  bool together_ = false;   // all gates of some units have a panel of W_hh together
   bool measures_;           // what meetings cost
   bool fetches_;            // a step fetches weights before it needs them
   bool fetches_values_;     // and where its results go

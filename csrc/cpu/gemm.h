@@ -514,13 +514,15 @@ struct Panels {
   // Of several matrices of one shape, panel p of each stands side by side, in the order in which they are used.
   int matrices = 1, index = 0;
   bool twice = false;  // there is a second copy of all of them, for every other step
+  int together = 1;    // vectors that no two panels divide
 
   Panels() = default;
   // `vectors`: the most of a panel. `shares`: threads that divide the panels among themselves, as evenly as can be.
-  Panels(T* data, int64_t K, int64_t columns, int vectors, int shares = 1, int matrices = 1, bool twice = false)
-      : data(data), K(K), columns(columns), matrices(matrices), twice(twice) {
-    const int64_t all = ceil_div(columns, Block<T>::width);
-    count_ = smaller(all, round_up(ceil_div(all, vectors), shares));
+  Panels(T* data, int64_t K, int64_t columns, int vectors, int shares = 1, int matrices = 1, bool twice = false,
+         int together = 1)
+      : data(data), K(K), columns(columns), matrices(matrices), twice(twice), together(together) {
+    const int64_t all = ceil_div(columns, together * Block<T>::width);
+    count_ = smaller(all, round_up(ceil_div(all, vectors / together), shares));
     narrow_ = count_ ? all / count_ : 0;
     wider_ = all - count_ * narrow_;
   }
@@ -551,8 +553,8 @@ struct Panels {
   }
 
  private:
-  // Every so many panels one has a vector more than the others.
-  int64_t first_vector(int64_t p) const { return p * narrow_ + (wider_ ? p * wider_ / count_ : 0); }
+  // Every so many panels one has a vector more than the others, or as many as stay together.
+  int64_t first_vector(int64_t p) const { return together * (p * narrow_ + (wider_ ? p * wider_ / count_ : 0)); }
 
   int64_t count_ = 0, narrow_ = 0, wider_ = 0;
 };
@@ -563,7 +565,10 @@ template <class T>
 struct Columns {
   const T* w;
   int64_t K, piece = 0, between = 0, first = 0;
-  const T* operator[](int64_t c) const { return w + (piece ? c / piece * between + c % piece : c - first) * K; }
+  const T* operator[](int64_t c) const {
+    c -= first;
+    return w + (piece ? c / piece * between + c % piece : c) * K;
+  }
 };
 
 // Packs panel p of the transpose of w: element (k, c) is w[c][k]. Large matrices go past the caches, which would not

@@ -42,7 +42,7 @@ bool KeptWeights::Key::operator==(const Key& other) const {
          R == other.R && directions == other.directions && input_vectors == other.input_vectors &&
          vectors == other.vectors && shares == other.shares && copies == other.copies && twice == other.twice &&
          vector_bytes == other.vector_bytes && value_bytes == other.value_bytes && projected == other.projected &&
-         merged == other.merged;
+         merged == other.merged && together == other.together;
 }
 
 KeptWeights::KeptWeights(const Key& key, size_t bytes) : key_(key) {

@@ -22,6 +22,7 @@ class KeptWeights {
     int vector_bytes, value_bytes;
     bool projected;
     int64_t merged;
+    bool together;
     bool operator==(const Key& other) const;
   };
 

@@ -498,9 +498,9 @@ class Cases {
   const CellKind cell_;
   const bool projected_;
   Random random_;
-  Bag<int64_t> steps_{1, 2, 9}, batches_{0, 1, 2, 3, 5, 7, 13, 30}, sizes_{1, 3, 8, 17, 33, 65, 70, 100};
+  Bag<int64_t> steps_{1, 2, 9}, batches_{0, 1, 2, 3, 5, 7, 13, 30}, sizes_{1, 3, 8, 17, 32, 33, 65, 70, 100};
   Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30};
-  Bag<int64_t> large_inputs_{17, 70, 300}, large_sizes_{33, 70, 130};
+  Bag<int64_t> large_inputs_{17, 70, 300}, large_sizes_{33, 64, 70, 130};
   Bag<int> directions_{1, 2}, threads_{1, 2, 3}, large_threads_{2, 3};
   Bag<bool> packed_{false, true}, recompute_{false, true}, nested_{false, false, false, true};
   Bag<Biases> biases_{Biases::none, Biases::both, Biases::both, Biases::input, Biases::recurrent};
