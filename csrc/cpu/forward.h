@@ -64,6 +64,9 @@ class ForwardPass {
     twice_ = packs_ && reads_two_copies<T>(G * a_.H * a_.R / plan_.shares(), plan_.rows, a_.seq.T);
     if (packs_ && merging_pays()) merged_ = a_.H % W;
     together_ = packs_ && gates_together();
+    const bool lone_row = packs_ && G == 1 && plan_.rows == 1 && a_.R > 0 && a_.R % (2 * Product<T>::depth) == 0;
+    halves_ = lone_row && !a_.batch_invariant && a_.R <= longest_chain<Sum>;
+    pairs_ = halves_ || (lone_row && vectors() <= 4);
     keeps_ = packs_ && may_keep;
     measures_ = !plan_.by_rows && plan_.threads > 1 && should_measure_meetings();
     streams_ = within_ && streams_saved();
@@ -579,6 +582,11 @@ class ForwardPass {
         for (int64_t k = 0; k < n; ++k) share.left[k] = entering(row + k);
         for (int k = 0; k < matrices; ++k) {
           const int g = (int)in_turn({0, matrices}, k, i);
+          if (pairs_) {
+            const Panels<T> w = of(d, share.copy, mine.recurrent[g]).at_step(i);
+            multiply_in_pairs(share.left[0], a_.R, w.panel(mine.panel), nv, share.sums, halves_);
+            continue;
+          }
           multiply(share.left, n, of(d, share.copy, mine.recurrent[g]).at_step(i), mine.panel,
                    a_.weights[d].w_hh + g * a_.H * a_.R, share.sums + at.recurrent[g], nv * W, within_ && !at.apart[g],
                    next_panel(d, share, i, turn, (within_ ? matrices : 0) + k), &fetches);
@@ -831,6 +839,7 @@ class ForwardPass {
   // 100,32,100,100 6.2 -> 5.6; 100,16,37,37 0.587 -> 0.556; 1000,1,8,8 0.163 -> 0.108.)
   int64_t merged_ = 0;
   bool together_ = false;   // all gates of some units have a panel of W_hh together
+  bool pairs_, halves_;     // a lone row's chains go two by two; a single one in halves, which no thread decides
   bool measures_;           // what meetings cost
   bool fetches_;            // a step fetches weights before it needs them
   bool fetches_values_;     // and where its results go
