@@ -493,13 +493,23 @@ class BackwardPass {
     at.d_slots = d_slots_at(i, b);
   }
 
+  // Whether chains of a panel go two by two; nothing is fetched between them. (Zen 5, training of RNN 1000,1,128,128
+  // 1.33 -> 1.25 ms; LSTM 100,1,32,32 0.0862 -> 0.0833; 100,1,64,64 on 2 threads 0.147 -> 0.140; on one, where a panel
+  // has 4 vectors, 0.190, 0.191.)
+  bool in_pairs(int vectors) const {
+    return plan_.rows == 1 && vectors <= (G > 1 ? 2 : 4) && G * a_.H % Product<T>::depth == 0 && !fetches_values_;
+  }
+
   // sums = gradients of the recurrent products at order i, times W_hh. Where a segment starts there nothing is left.
   void multiply_slots(int d, const Own& o, int64_t p, int64_t i, int64_t row, int64_t n, const T* next,
                       Fetches* fetches) {
     const int64_t first = w_hh_.first(p), ldo = w_hh_.vectors_of(p) * W;
     for (int64_t k = 0; k < n; ++k) o.left[k] = d_slots_at(i, row + k) + (slots - G) * a_.H;
     const T* panel = w_hh_.at_step(i).panel(p);
-    multiply_panel(o.left, n, G * a_.H, panel, w_hh_.vectors_of(p), o.sums, ldo, false, next, fetches);
+    if (in_pairs(w_hh_.vectors_of(p)))
+      multiply_in_pairs(o.left[0], G * a_.H, panel, w_hh_.vectors_of(p), o.sums, false);
+    else
+      multiply_panel(o.left, n, G * a_.H, panel, w_hh_.vectors_of(p), o.sums, ldo, false, next, fetches);
     if (a_.h_mask)
       for (int64_t k = 0; k < n; ++k) {
         Sum* sums = o.sums + k * ldo;
