@@ -17,7 +17,9 @@ class BackwardPass {
         output_width_(round_up(args.R, W)),
         apart_(plan_.by_rows && weights_size() * (int64_t)sizeof(Sum) <= largest_private),
         fetches_(outlast_caches<T>(G * args.H * args.R / plan_.shares())),
-        fetches_values_(outlast_caches<T>(saved_each() * args.directions)) {}
+        fetches_values_(outlast_caches<T>(saved_each() * args.directions)),
+        streams_d_input_(far_apart(plan_.threads) && args.directions == 1 &&
+                         whole_vectors(args.seq, args.d_input, args.I)) {}
 
   int planned_threads() const { return plan_.threads; }
 
@@ -73,9 +75,10 @@ class BackwardPass {
   // cost now, for by units one thread computes the same, to the bit, as several. Zen 5, backward, 1 thread; 2 at 65 ns;
   // at 210, us for each step: RNN 100,1,128,128 1.17; 0.83; 1.82. GRU 100,1,64,64 0.92; 0.81; 100,3,64,64 1.75; 1.37;
   // 100,1,128,128 2.69; 1.86. LSTM 100,1,64,64 1.19; 0.93; 100,1,128,128 3.26; 2.27; 4.4; 100,2,128,128 5.1; 3.4; 7.3;
-  // 1000,2,64,64 1.43; 0.96.
+  // 1000,2,64,64 1.43; 0.96. Of many lines most come while others are waited for: 128,8,256,256 94; 59; 73.
   static bool worth_barriers(const Backward<T>& a, int threads) {
-    const double cost = meeting_cost(), lines = lines_exchanged(a, G * a.H, threads);
+    const double cost = meeting_cost(), all = lines_exchanged(a, G * a.H, threads);
+    const double lines = all > 32 ? 32 + (all - 32) / 8 : all;
     return 1.3 * saved_by_units(a, G, threads) >= 60 + cost * (3 + lines * cost / 300);
   }
   static Plan plan(const Backward<T>& a, int threads) {
@@ -648,10 +651,11 @@ class BackwardPass {
             const int lanes = (int)smaller(W, columns - j);
             V sum = S::load(o.sums + k * ldo + j);
             if (d > 0) sum += S::load(to, lanes);
-            S::store(to, sum, lanes);
+            streams_d_input_ ? S::stream(to, sum) : S::store(to, sum, lanes);
           }
       });
     }
+    if (streams_d_input_) S::finish_streams();
   }
 
   // Gradients of weights and biases from n tokens of the list: sums of d_slots^T x, d_slots^T h, d_h^T (o tanh c).
@@ -772,8 +776,9 @@ class BackwardPass {
   // By rows, the products over tokens may be divided like the steps, each thread's sums being apart until the end, or
   // by units after a meeting of all at the end of each chunk.
   const bool apart_;
-  const bool fetches_;         // a step fetches weights before it needs them
-  const bool fetches_values_;  // and what forward has kept
+  const bool fetches_;          // a step fetches weights before it needs them
+  const bool fetches_values_;   // and what forward has kept
+  const bool streams_d_input_;  // gradients of inputs are written past the caches
   Panels<T> w_ih_, w_hh_, w_hr_;
   int64_t* gaps_;         // see gap
   Sum* carry_[states];    // gradients that reach the states from the step after, except through the products

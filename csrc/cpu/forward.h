@@ -68,8 +68,9 @@ class ForwardPass {
     halves_ = lone_row && !a_.batch_invariant && a_.R <= longest_chain<Sum>;
     pairs_ = halves_ || (lone_row && vectors() <= 4);
     keeps_ = packs_ && may_keep;
-    measures_ = !plan_.by_rows && plan_.threads > 1 && should_measure_meetings();
+    measures_ = plan_.threads > 1 && should_measure_meetings();
     streams_ = within_ && streams_saved();
+    streams_output_ = far_apart(plan_.threads) && !a_.projected && whole_vectors(a_.seq, a_.output, a_.R);
     // Weights of half the size leave the caches no room for the states that a step reads and writes.
     fetches_values_ = larger(2 * weights, saved_bytes()) > in_no_cache_near_by;
     fetches_ = packs_ && outlast_caches<T>(G * a_.H * (a_.R + (within_ ? a_.I : 0)) / plan_.shares());
@@ -115,9 +116,6 @@ class ForwardPass {
   // RNN 100,32,512,512 on 2 threads 7.52, 7.36.)
   static constexpr int64_t most_keeping = 4096;
 
-  // Nanoseconds of a meeting with which cores are near to each other.
-  static constexpr double near = 130;
-
   // Units are divided though there are rows enough if all weights are large and rows are few, for the faster a core
   // multiplies, the longer it waits for weights; and if a step is long beside a meeting. Zen 4, 2 threads, LSTM
   // inference, by units and by rows, ms: 20,8,1024,1024 14.1, 14.4; 50,8,512,512 8.2, 8.3; 128,8,256,256 5.3, 5.2
@@ -158,7 +156,7 @@ class ForwardPass {
   static Plan plan(const Forward<T>& a, int threads) {
     // Far from each other cores had better keep to their rows, as backward does with what they leave it.
     const bool by_rows =
-        meeting_cost() < near || !a.saved ? rows_enough(a.seq.B, threads) : rows_enough_for_backward(a.seq.B, threads);
+        far_apart(threads) && a.saved ? rows_enough_for_backward(a.seq.B, threads) : rows_enough(a.seq.B, threads);
     return make_plan<T>(a, G, threads, 256, by_rows && !units_first(a, threads), worth_barriers(a, threads));
   }
 
@@ -312,7 +310,7 @@ class ForwardPass {
       }
       team.sync();
     }
-    if (streams_) S::finish_streams();
+    if (streams_ || streams_output_) S::finish_streams();
   }
 
   int64_t time(int d, int64_t i) const { return d == 0 ? i : a_.seq.T - 1 - i; }
@@ -322,10 +320,11 @@ class ForwardPass {
 
   // Whether what is kept for backward goes past the caches, which it would only pass through: each line would be read
   // before it is written. (Zen 4, LSTM forward of training 100,64,256,256 69.7 -> 68.2 ms, 100,32,128,128 9.5 -> 8.8,
-  // 100,32,512,512 129.0 -> 128.4; backward as fast as before.)
+  // 100,32,512,512 129.0 -> 128.4; backward as fast as before.) So it is where cores are far apart.
   bool streams_saved() const {
     constexpr uintptr_t vector = W * sizeof(T);
-    if (saved_bytes() <= in_no_cache_near_by) return false;
+    const bool far = far_apart(plan_.threads) && sizeof(T) == sizeof(Sum);
+    if (!a_.saved || (saved_bytes() <= in_no_cache_near_by && !far)) return false;
     uintptr_t odd = (uintptr_t)a_.H * sizeof(T);
     for (int d = 0; d < a_.directions; ++d) odd |= (uintptr_t)saved(d).kept;
     return odd % vector == 0;
@@ -745,7 +744,7 @@ class ForwardPass {
       M::store(to.state[s] + j, next[s]);
       if (to.every_state[s]) M::store(to.every_state[s] + j, next[s], lanes);
     }
-    if (to.output) M::store(to.output + j, next[0], lanes);
+    if (to.output) streams_output_ ? M::stream(to.output + j, next[0]) : M::store(to.output + j, next[0], lanes);
     if (streams_) {
       if (keeps_gates_)
         for (int k = 0; k < Cell::kept; ++k) M::stream(to.kept + k * a_.H + j, keep[k]);
@@ -844,6 +843,7 @@ class ForwardPass {
   bool fetches_;            // a step fetches weights before it needs them
   bool fetches_values_;     // and where its results go
   bool streams_;            // what is kept for backward is written past the caches
+  bool streams_output_;     // and so is the output
   bool new_ = true;         // what is kept holds nothing yet
   uint64_t* fingerprints_;  // of the weights that the kept panels were packed from
   int copies_ = 1;          // of the packed weights

@@ -42,6 +42,7 @@ struct Case {
   Placing placing[4];            // of input, output, d_output, d_input
   bool shifted;                  // buffers aligned to a value only
   int threads;
+  bool far;        // cores are far apart
   bool nested;     // called inside a parallel region, where the team is smaller than asked for
   bool recompute;  // backward computes the gates again
 
@@ -50,11 +51,11 @@ struct Case {
     const Shape& s = shape;
     std::snprintf(line, sizeof line,
                   "T=%d B=%d I=%d H=%d R=%d D=%d packed=%d biases=%d hx=%u d_output=%d d_final=%u wanted=%x "
-                  "placing=%d%d%d%d shifted=%d threads=%d nested=%d recompute=%d",
+                  "placing=%d%d%d%d shifted=%d threads=%d far=%d nested=%d recompute=%d",
                   static_cast<int>(s.T), static_cast<int>(s.B), static_cast<int>(s.I), static_cast<int>(s.H),
                   static_cast<int>(s.R), s.directions, packed, static_cast<int>(biases), hx, d_output, d_final, wanted,
                   static_cast<int>(placing[0]), static_cast<int>(placing[1]), static_cast<int>(placing[2]),
-                  static_cast<int>(placing[3]), shifted, threads, nested, recompute);
+                  static_cast<int>(placing[3]), shifted, threads, far, nested, recompute);
     return line;
   }
 };
@@ -429,8 +430,11 @@ class Cases {
     c.shape.T = std::clamp<int64_t>(static_cast<int64_t>(2e6 / step), 3, 40);
     set_lengths(c);
     c.threads = large_threads_.draw(random_);
+    c.far = random_.coin();
     c.nested = nested_.draw(random_);
+    assume_meeting_cost(c.far ? 1000 : 0);
     test(c);
+    assume_meeting_cost(0);
   }
 
   // More tokens than a chunk of steps has room for, and a step with more than a slice of them.
@@ -500,7 +504,7 @@ class Cases {
   Random random_;
   Bag<int64_t> steps_{1, 2, 9}, batches_{0, 1, 2, 3, 5, 7, 13, 30}, sizes_{1, 3, 8, 17, 32, 33, 65, 70, 100};
   Bag<int64_t> outputs_{1, 3, 8, 17, 33, 65}, large_batches_{1, 3, 7, 8, 13, 30};
-  Bag<int64_t> large_inputs_{17, 70, 300}, large_sizes_{33, 64, 70, 130};
+  Bag<int64_t> large_inputs_{17, 64, 70, 300}, large_sizes_{33, 64, 70, 130};
   Bag<int> directions_{1, 2}, threads_{1, 2, 3}, large_threads_{2, 3};
   Bag<bool> packed_{false, true}, recompute_{false, true}, nested_{false, false, false, true};
   Bag<Biases> biases_{Biases::none, Biases::both, Biases::both, Biases::input, Biases::recurrent};
