@@ -52,15 +52,19 @@ def test_any_number_of_threads(target, cell):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("sizes", [(40, 1, 64, 128), (20, 3, 96, 100), (20, 8, 64, 64), (5, 20, 32, 320)])
+@pytest.mark.parametrize(
+    "sizes", [(40, 1, 64, 128, 2), (20, 3, 96, 100, 2), (20, 8, 64, 64, 1), (20, 8, 64, 64, 2), (5, 20, 32, 320, 2)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.engine == "cpu"], ids=str)
 def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, sizes, packed):
-    """The division of the work goes by it."""
-    T, B, I, H = sizes
+    """The division of the work goes by it, and whether results go past the caches."""
+    T, B, I, H, directions = sizes
     projected = cell == "lstm" and H == 100
-    module = Case(target=target, cell=cell, dtype=dtype, directions=2, projected=projected, I=I, H=H).module()
+    module = Case(
+        target=target, cell=cell, dtype=dtype, directions=directions, projected=projected, I=I, H=H
+    ).module()
     input, states = call_of(module, T, B, requires_grad=True)
     if packed:
         input = pack_padded_sequence(input, 1 + torch.arange(B) * T // B, enforce_sorted=False)
@@ -74,6 +78,27 @@ def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, sizes, packed
         _cpu.assume_meeting_cost(0)
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("sizes", [(1, 300, 64), (1, 64, 128), (2, 300, 64), (3, 300, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.engine == "cpu"], ids=str)
+def test_few_rows_round_alike_at_any_number_of_threads(target, cell, dtype, sizes):
+    """A thread may be left out at any time, and how wide panels are goes by how many there are."""
+    B, I, H = sizes
+    module = Case(target=target, cell=cell, dtype=dtype, I=I, H=H).module()
+    input, states = call_of(module, 60, B)
+    results = []
+    try:
+        _cpu.assume_meeting_cost(1)
+        for count in (1, 2, 3):
+            with target.running(), threads(count), torch.no_grad():
+                results.append(module(input, states)[0])
+    finally:
+        _cpu.assume_meeting_cost(0)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
 
 
 @pytest.mark.parametrize("cell", CELLS)
