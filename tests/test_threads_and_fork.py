@@ -62,9 +62,7 @@ def test_the_same_bits_whatever_meetings_cost(target, cell, dtype, sizes, packed
     """The division of the work goes by it, and whether results go past the caches."""
     T, B, I, H, directions = sizes
     projected = cell == "lstm" and H == 100
-    module = Case(
-        target=target, cell=cell, dtype=dtype, directions=directions, projected=projected, I=I, H=H
-    ).module()
+    module = Case(target=target, cell=cell, dtype=dtype, directions=directions, projected=projected, I=I, H=H).module()
     input, states = call_of(module, T, B, requires_grad=True)
     if packed:
         input = pack_padded_sequence(input, 1 + torch.arange(B) * T // B, enforce_sorted=False)
