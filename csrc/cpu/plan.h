@@ -184,13 +184,13 @@ static void clear_padding(const Sequence& seq, const TokenRows<T>& rows, int64_t
 
 // Whether cores are far apart, by what it costs now that so many threads meet: two near to each other 50 to 100 ns.
 //
-// Then results go past the caches. Threads write side by side at every step, and prefetchers that run on past the end of
-// what one has written take from another's core what it is about to write. Zen 5, 2 threads far apart, as ever and so,
-// ms: inference of LSTM 128,8,64,64 0.248, 0.191; GRU 1000,4,128,128 2.63, 2.39; LSTM 100,32,128,128 2.12, 1.99; with
-// what is kept for backward, and gradients of inputs, training of LSTM 128,8,64,64 0.776, 0.685; RNN 0.308, 0.240; GRU
-// 0.619, 0.557; LSTM 20,16,128,128 0.813, 0.793; 100,32,128,128 6.48, 6.62. (Kept in strips, which no two threads share,
-// with only the output past the caches: LSTM 128,8,64,64 0.748.) Near to each other results are better left to the
-// caches, for whoever reads them: inference 512,8,64,64, then relu, 0.727 and 1.316 ms.
+// Then results go past the caches. Threads write side by side at every step, and prefetchers that run on past the end
+// of what one has written take from another's core what it is about to write. Zen 5, 2 threads far apart, as ever and
+// so, ms: inference of LSTM 128,8,64,64 0.248, 0.191; GRU 1000,4,128,128 2.63, 2.39; LSTM 100,32,128,128 2.12, 1.99;
+// with what is kept for backward, and gradients of inputs, training of LSTM 128,8,64,64 0.776, 0.685; RNN 0.308, 0.240;
+// GRU 0.619, 0.557; LSTM 20,16,128,128 0.813, 0.793; 100,32,128,128 6.48, 6.62. (Kept in strips, which no two threads
+// share, with only the output past the caches: LSTM 128,8,64,64 0.748.) Near to each other results are better left to
+// the caches, for whoever reads them: inference 512,8,64,64, then relu, 0.727 and 1.316 ms.
 static inline bool far_apart(int threads) { return threads > 1 && meeting_cost() >= 75 * threads; }
 
 // Whether rows of a result consist of whole vectors, as what goes past the caches must.
