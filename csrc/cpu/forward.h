@@ -366,11 +366,9 @@ class ForwardPass {
     const Range recurrent = mine(each * panels);
     for (int64_t item = recurrent.first; item < recurrent.last; ++item) {
       const int64_t g = item / panels, p = item % panels;
-      const int64_t first = w_hh_[g].first(p), columns = w_hh_[g].last(p) - first;
-      if (together_)
-        pack_ours(w_hh_[0], p, {w.w_hh + first / G * a_.R, a_.R, columns / G, H, first}, packed + item);
-      else
-        pack_ours(w_hh_[g], p, {w.w_hh + g * H * a_.R, a_.R}, packed + item);
+      const int64_t first = w_hh_[g].first(p), units = (w_hh_[g].last(p) - first) / G;
+      const Columns<T> of_all{w.w_hh + first / G * a_.R, a_.R, units, H, first}, of_gate{w.w_hh + g * H * a_.R, a_.R};
+      pack_ours(w_hh_[g], p, together_ ? of_all : of_gate, packed + item);
     }
     packed += each * panels;
     if (merged_ && (copies_ > 1 || team.rank == team.size - 1)) {
